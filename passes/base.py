@@ -1,0 +1,258 @@
+"""What a pass is: its stage, scope and options, what it gets and what it returns."""
+
+import dataclasses
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.config import CompileConfig
+from qcompiler.errors import NumericsError, SchemeError
+from qcompiler.graph import SCHEME_KEY, Site, constant_array, read_weight, write_weight
+from qcompiler.numerics.affine import Grid, WeightSpec
+from qcompiler.numerics.metrics import sqnr_db
+from qcompiler.records import SiteRecord
+from qcompiler.scheme import Scheme
+from qcompiler.sites import find_sites
+from qcompiler.statistics import LayerFacts
+
+__all__ = [
+    "NoOptions",
+    "PassContext",
+    "QuantPass",
+    "QuantPassResult",
+    "Quantized",
+    "SegmentPass",
+    "Stage",
+    "WeightQuantizer",
+    "assigned_sites",
+    "site_spec",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class Stage(IntEnum):
+    """Where in the pipeline a pass belongs; between stages the model is checked (see `legality`)."""
+
+    CANONICALIZE = 0
+    PLAN = 1
+    TRANSFORM = 2
+    QUANTIZE = 3
+    LOWER = 4
+    CLEANUP = 5
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know beside the model.
+
+    Attributes:
+        config: The user's choices.
+        threads: Number of threads, at least 1.
+        calibration: Batches of feeds, or None; see `calibration.CalibrationData`.
+        progress: Called with (label, done, total) by anything that may take long.
+    """
+
+    config: CompileConfig
+    threads: int = 1
+    calibration: Any = None
+    progress: Any = None
+
+    def tick(self, label: str, done: int, total: int) -> None:
+        """Report progress."""
+        if self.progress is not None:
+            self.progress(label, done, total)
+
+
+@dataclass
+class QuantPassResult(ir.passes.PassResult):
+    """PassResult with one record for each site that the pass looked at."""
+
+    records: tuple[SiteRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A pass without options."""
+
+
+class QuantPass(ir.passes.InPlacePass):
+    """Base of all passes.
+
+    Class attributes:
+        name: As the user types it; the name of the file.
+        stage: Where it belongs.
+        after: Passes of the same stage that have to come before it.
+        paper: Reference, printed by `qcompiler passes`.
+        needs_calibration: Whether it measures activations.
+        Options: Frozen dataclass; each field's metadata["help"] says what it does.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    scope: ClassVar[Literal["model", "segment"]] = "model"
+    after: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str] = ""
+    needs_calibration: ClassVar[bool] = False
+    Options: ClassVar[type] = NoOptions
+
+    def __init__(self, context: PassContext, options: dict[str, str] | None = None) -> None:
+        """Take the context and options as text, e.g. ``{"percdamp": "0.02"}``; unknown ones raise SchemeError."""
+        self.context = context
+        self.options = parse_options(self.name, self.Options, options or {})
+
+    @classmethod
+    def applies(cls, config: CompileConfig) -> bool:
+        """Whether the pass belongs in every pipeline for this configuration; False: only when named."""
+        del config
+        return False
+
+    @abstractmethod
+    def call(self, model: ir.Model) -> QuantPassResult:
+        """Change the model in place."""
+
+    def __str__(self) -> str:
+        """The pass as pipelines write it: name and the options that differ from their defaults."""
+        changed = [
+            f"{f.name}={getattr(self.options, f.name)}"
+            for f in dataclasses.fields(self.Options)
+            if getattr(self.options, f.name) != f.default
+        ]
+        return self.name + (f"{{{','.join(changed)}}}" if changed else "")
+
+
+def parse_options(name: str, options: type, given: dict[str, str]) -> Any:
+    """Build an options dataclass from text values, converting each to its default's type."""
+    known = {f.name: f for f in dataclasses.fields(options)}
+    values: dict[str, Any] = {}
+    for key, text in given.items():
+        if key not in known:
+            raise SchemeError(f"pass {name} has no option '{key}'; it has: {', '.join(known) or 'none'}")
+        kind = type(known[key].default)
+        try:
+            values[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            raise SchemeError(f"pass {name}: option {key}={text} is not a {kind.__name__}") from None
+    return options(**values)
+
+
+def assigned_sites(model: ir.Model) -> list[Site]:
+    """The sites that got a scheme and are not quantized yet; one for each weight, the first user."""
+    seen: set[ir.Value] = set()
+    chosen = []
+    for site in find_sites(model)[0]:
+        if SCHEME_KEY in site.node.metadata_props and site.quantized is None and site.weight not in seen:
+            seen.add(site.weight)
+            chosen.append(site)
+    return chosen
+
+
+def site_spec(site: Site, config: CompileConfig) -> WeightSpec:
+    """The WeightSpec of an assigned site."""
+    scheme = Scheme.parse(site.node.metadata_props[SCHEME_KEY])
+    return scheme.spec(site.columns, site.scale_dtype, signed_scale=config.target in ("cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a weight algorithm returns.
+
+    Attributes:
+        codes: uint8 ``[N, K]``.
+        grid: Scale and zero point ``[N, G]``.
+        remark: For the record's reason.
+        loss: Of each row, float64 ``[N]``, the error that the algorithm minimized; None if it minimized none.
+        energy: What `loss` would be if all codes meant zero, float64 ``[N]``.
+    """
+
+    codes: np.ndarray
+    grid: Grid
+    remark: str = ""
+    loss: np.ndarray | None = None
+    energy: np.ndarray | None = None
+
+    def metrics(self, rows: slice) -> dict[str, float]:
+        """Figures about some of the rows, for a record."""
+        if self.loss is None or self.energy is None:
+            return {}
+        loss, energy = float(self.loss[rows].sum()), float(self.energy[rows].sum())
+        return {"loss": loss, "relative_loss": loss / energy if energy else 0.0}
+
+
+class WeightQuantizer(QuantPass):
+    """A weight algorithm: implement `quantize`, arrays in, arrays out."""
+
+    stage = Stage.QUANTIZE
+
+    @abstractmethod
+    def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
+        """Quantize a weight float32 ``[N, K]``; `facts` is None where no activations were measured."""
+
+    def quantize_sites(self, sites: Sequence[Site], facts: LayerFacts | None, remark: str = "") -> list[SiteRecord]:
+        """Quantize sites that read the same activation and have the same spec, stacked into one weight."""
+        spec = site_spec(sites[0], self.context.config)
+        weights = [checked_weight(site) for site in sites]
+        try:
+            result = self.quantize(np.concatenate(weights) if len(weights) > 1 else weights[0], spec, facts)
+        except NumericsError as error:
+            raise NumericsError(f"{', '.join(repr(site.name) for site in sites)}: {error}") from error
+        records, start = [], 0
+        for site, weight in zip(sites, weights, strict=True):
+            rows = slice(start, start + len(weight))
+            start = rows.stop
+            grid = Grid(result.grid.scale[rows], result.grid.zero_point[rows])
+            tensor = write_weight(site, result.codes[rows], grid, spec, self.name)
+            metrics = {
+                "sqnr_db": sqnr_db(weight, tensor.dequantized()),
+                "bits_per_weight": spec.stored_bits(site.columns),
+                **result.metrics(rows),
+            }
+            reason = "; ".join(text for text in (remark, result.remark) if text)
+            records.append(SiteRecord(site.name, "quantized", str(spec), reason, metrics))
+            logger.debug("%s: %s quantized to %s", self.name, site.name, spec)
+        return records
+
+
+def checked_weight(site: Site) -> np.ndarray:
+    """The weight float32 [N, K]; raises NumericsError naming the site if a value is not finite."""
+    weight = read_weight(site)
+    total = float(np.sum(weight, dtype=np.float64))
+    if not np.isfinite(total):
+        bad = int(np.size(weight) - np.count_nonzero(np.isfinite(weight)))
+        raise NumericsError(
+            f"the weight of '{site.name}' holds {bad} values that are NaN or infinite; "
+            f"mend the model, or leave the site float with --ignore '{site.name}'"
+        )
+    return weight
+
+
+class SegmentPass(WeightQuantizer):
+    """A weight algorithm that measures activations; runs segment by segment (see `segments`)."""
+
+    scope = "segment"
+    needs_calibration = True
+
+    def call(self, model: ir.Model) -> QuantPassResult:
+        """Run over all segments of the model."""
+        from qcompiler.segments import run_segments
+
+        records = run_segments(model, self, self.context)
+        return QuantPassResult(model, bool(records), tuple(records))
+
+    def by_spec(self, sites: Iterable[Site]) -> list[list[Site]]:
+        """Group sites by their spec, in order."""
+        groups: dict[WeightSpec, list[Site]] = {}
+        for site in sites:
+            groups.setdefault(site_spec(site, self.context.config), []).append(site)
+        return list(groups.values())
+
+
+def bytes_of(value: ir.Value) -> int:
+    """Bytes of a constant as stored."""
+    return int(constant_array(value).nbytes)

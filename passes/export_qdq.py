@@ -1,0 +1,226 @@
+"""Spell quantized weights as the standard operator DequantizeLinear, in the form that ONNX Runtime fuses.
+
+1. MatMul(x, Wq), MatMul(x, Transpose(Wq)) and Gemm(x, Wq, c) read DequantizeLinear(codes [K, N]) with blocks along
+   axis 0, or one scale a column along axis 1. ONNX Runtime makes MatMulNBits of that, a ragged last block included.
+2. A Gemm loses its transB. Its c stays where it is one value a column, which becomes the bias of MatMulNBits; a
+   constant of shape [1, N], also that of an Add behind a MatMul, is given the shape [N]; with any other c the Gemm
+   becomes MatMul and Add. Left as they were, these weights would be dequantized on every run.
+3. A lookup table keeps its rows, codes [N, K]: Gather fetches rows of codes, scales and zero points, DequantizeLinear
+   decodes what was fetched.
+4. The projection that shares its weight with a lookup table reads the table's constants through Transposes, which are
+   folded when the model is loaded: the codes are stored once. This works for one reader, since a second would get the
+   same folded constant, and ONNX Runtime does not fuse a constant that two nodes read. For the same reason every other
+   site has a DequantizeLinear and constants of its own, in the graph of its node; the data file holds equal ones once.
+
+Symmetric weights are signed, ``code - mid``, without zero points; others are unsigned. Codes are turned and packed when
+the model is written, so that memory never holds them twice.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.config import CompileConfig
+from qcompiler.errors import PassError
+from qcompiler.graph import PASS_KEY, Site, constant_array, unique_name
+from qcompiler.lowering import add_constant, make_node, replace_nodes
+from qcompiler.numerics.packing import integer_codes, pack_codes, transpose_packed
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
+from qcompiler.quantized import QuantizedTensor
+from qcompiler.records import SiteRecord
+from qcompiler.sites import find_sites
+from qcompiler.targets import qdq_opset, qdq_width
+
+__all__ = ["ExportQdq"]
+
+# Codes, scales and, where the format has them, zero points.
+Constants = tuple[ir.Value, ...]
+
+
+class ExportQdq(QuantPass):
+    """Rewrites every quantized site."""
+
+    name = "export_qdq"
+    stage = Stage.LOWER
+    after = ("raise_opset",)
+
+    @classmethod
+    def applies(cls, config: CompileConfig) -> bool:
+        """For the output form QDQ."""
+        return config.output_format == "qdq"
+
+    def call(self, model: ir.Model) -> QuantPassResult:
+        """Rewrite site by site."""
+        sites = [site for site in find_sites(model)[0] if site.quantized is not None]
+        for site in sites:
+            _check(site, model.graph.opset_imports.get("", 0))
+        tables = {site.weight: site for site in sites if site.role == "embedding"}
+        constants = {weight: _row_constants(site) for weight, site in tables.items()}
+        unread = dict(constants)
+        records = []
+        for site in sites:
+            tensor = site.quantized
+            assert tensor is not None
+            if site.role == "embedding":
+                note = self._rewrite_lookup(site, tensor, constants[site.weight])
+            else:
+                note = self._rewrite_linear(site, tensor, unread.pop(site.weight, None))
+            records.append(SiteRecord(site.name, "fused", str(tensor.spec), note))
+        return QuantPassResult(model, bool(records), tuple(records))
+
+    def _rewrite_lookup(self, site: Site, tensor: QuantizedTensor, table: Constants) -> str:
+        rows = [self._node(site, "Gather", [part, site.input], axis=0) for part in table]
+        size = min(tensor.spec.group_size, tensor.columns)
+        decode = self._node(site, "DequantizeLinear", [row.outputs[0] for row in rows], axis=-1, block_size=size)
+        replace_nodes(_graph(site), [site.node], [*rows, decode], decode.outputs[0])
+        return f"Gather, DequantizeLinear of {_dtype(tensor, 8).name.lower()}, block {size}"
+
+    def _rewrite_linear(self, site: Site, tensor: QuantizedTensor, table: Constants | None) -> str:
+        width = qdq_width(tensor.spec.bits, tensor.rows)
+        blocks = tensor.scale.shape[1] > 1
+        before = [] if table is None else self._turned(site, table, blocks)
+        inputs = [step.outputs[0] for step in before] or _column_constants(site, tensor, width)
+        attributes = {"axis": 0, "block_size": tensor.spec.group_size} if blocks else {"axis": 1}
+        decode = self._node(site, "DequantizeLinear", inputs, **attributes)
+        _graph(site).insert_before(site.node, [*before, decode])
+        self._read_columns(site, decode.outputs[0])
+        form = f"block {tensor.spec.group_size}" if blocks else "per channel"
+        note = f"DequantizeLinear of {_dtype(tensor, width).name.lower()}, {form}"
+        if width != tensor.spec.bits:
+            note += f", holding {tensor.spec.bits}-bit codes because N = {tensor.rows} is no multiple of 4"
+        return note if table is None else f"{note}, codes shared with the lookup table"
+
+    def _turned(self, site: Site, table: Constants, blocks: bool) -> list[ir.Node]:
+        """Nodes that turn codes [N, K] into [K, N], and scales and zero points [N, G] into [G, N], or [N] for G = 1."""
+        codes, *others = table
+        turned = [self._node(site, "Transpose", [codes], perm=[1, 0])]
+        if blocks:
+            return turned + [self._node(site, "Transpose", [part], perm=[1, 0]) for part in others]
+        flat = add_constant(_graph(site), f"{site.weight.name}_flat", np.array([-1], np.int64))
+        return turned + [self._node(site, "Reshape", [part, flat]) for part in others]
+
+    def _read_columns(self, site: Site, weight: ir.Value) -> None:
+        """Let the site's node read a weight [K, N]."""
+        node, graph = site.node, _graph(site)
+        extra = node.inputs[2] if len(node.inputs) > 2 else None
+        if extra is not None:
+            vector = _as_vector(extra, site)
+            if vector is None:
+                product = self._node(site, "MatMul", [site.input, weight])
+                total = self._node(site, "Add", [product.outputs[0], extra])
+                replace_nodes(graph, [node], [product, total], total.outputs[0])
+                return
+            node.replace_input_with(2, vector)
+        node.replace_input_with(1, weight)
+        node.attributes.pop("transB", None)
+        node.metadata_props[PASS_KEY] = self.name
+        if node.op_type == "MatMul":
+            _straighten_added_bias(site)
+
+    def _node(self, site: Site, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Node:
+        return make_node(_graph(site), op_type, inputs, attributes, site.node, self.name)
+
+
+def _graph(site: Site) -> ir.Graph:
+    graph = site.node.graph
+    assert isinstance(graph, ir.Graph)
+    return graph
+
+
+def _check(site: Site, opset: int) -> None:
+    """Raise PassError for what has no QDQ form."""
+    tensor, lookup = site.quantized, site.role == "embedding"
+    assert tensor is not None
+    if site.node.op_type == "Conv" or (lookup and tensor.spec.bits != 8):
+        raise PassError(
+            f"export_qdq: '{site.name}' is a {site.node.op_type} of {tensor.spec.bits} bits, which has no QDQ form; "
+            f"leave it float with --ignore '{site.name}', or use --format matmulnbits"
+        )
+    needed = qdq_opset(tensor.spec, tensor.rows, tensor.columns, lookup=lookup)
+    if opset < needed:
+        raise PassError(
+            f"export_qdq: '{site.name}' needs DequantizeLinear of opset {needed}, but the model is of opset {opset}; "
+            "run raise_opset before"
+        )
+
+
+def _dtype(tensor: QuantizedTensor, width: int) -> ir.DataType:
+    return ir.DataType[f"{'' if tensor.spec.symmetric else 'U'}INT{width}"]
+
+
+def _row_constants(site: Site) -> Constants:
+    """Constants of a lookup table: codes [N, K], scales and zero points [N, G], where its weight is."""
+    tensor, graph, name = site.quantized, site.weight.graph, site.weight.name
+    assert tensor is not None and graph is not None
+    bits, signed = tensor.spec.bits, tensor.spec.symmetric
+
+    def codes() -> np.ndarray:
+        return integer_codes(tensor.packed, bits, signed=signed, width=bits)
+
+    made = [
+        _add_lazily(graph, f"{name}_table", _dtype(tensor, bits), (tensor.rows, tensor.columns), codes),
+        add_constant(graph, f"{name}_table_scales", tensor.scale),
+    ]
+    if tensor.zero_point is not None:
+        made.append(add_constant(graph, f"{name}_table_zero_points", tensor.zero_point))
+    return tuple(made)
+
+
+def _column_constants(site: Site, tensor: QuantizedTensor, width: int) -> list[ir.Value]:
+    """Constants of a linear site: codes [K, N], scales and zero points [G, N], or [N] for G = 1, where its node is."""
+    graph, name, bits, signed = _graph(site), site.weight.name, tensor.spec.bits, tensor.spec.symmetric
+    scale = tensor.scale.T if tensor.scale.shape[1] > 1 else tensor.scale[:, 0]
+
+    def codes() -> np.ndarray:
+        return transpose_packed(tensor.packed, bits, tensor.columns, signed=signed, width=width)
+
+    made = [
+        _add_lazily(graph, f"{name}_codes", _dtype(tensor, width), (tensor.columns, tensor.rows), codes),
+        add_constant(graph, f"{name}_scales", scale),
+    ]
+    if tensor.zero_point is not None:
+        packed = pack_codes(np.ascontiguousarray(tensor.zero_point.T).reshape(-1), width)
+        made.append(_add_lazily(graph, f"{name}_zero_points", _dtype(tensor, width), scale.shape, lambda: packed))
+    return made
+
+
+def _add_lazily(
+    graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], data: Callable[[], np.ndarray]
+) -> ir.Value:
+    """Register an initializer whose bytes, uint8 and packed, are made by `data` when they are asked for."""
+
+    def evaluate() -> ir.TensorProtocol:
+        if dtype.bitwidth < 8:
+            return ir.PackedTensor(data(), dtype, shape=shape)
+        return ir.Tensor(data().view(dtype.numpy()).reshape(shape))
+
+    tensor = ir.LazyTensor(evaluate, dtype, ir.Shape(shape), name=unique_name(graph, name))
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _as_vector(value: ir.Value, site: Site) -> ir.Value | None:
+    """A value [N] in the place of one that is [N], or of a constant [1, N]; None for anything else."""
+    known = value.shape if value.const_value is None else value.const_value.shape
+    shape = () if known is None else tuple(known)
+    if shape == (site.rows,):
+        return value
+    if value.const_value is None or shape != (1, site.rows):
+        return None
+    return add_constant(_graph(site), f"{value.name}_vector", constant_array(value).reshape(-1))
+
+
+def _straighten_added_bias(site: Site) -> None:
+    """Make a constant [1, N] that is added to a MatMul's result [N]: ONNX Runtime would put the other into a Gemm."""
+    output, rank = site.node.outputs[0], site.input.shape.rank() if site.input.shape is not None else 0
+    uses = list(output.uses())
+    if rank < 2 or output.is_graph_output() or len(uses) != 1 or uses[0].node.op_type != "Add":
+        return
+    add = uses[0].node
+    other = add.inputs[1 - uses[0].idx]
+    vector = _as_vector(other, site) if other is not None and other.const_value is not None else None
+    if vector is not None and add.graph is site.node.graph:
+        add.replace_input_with(1 - uses[0].idx, vector)

@@ -1,0 +1,249 @@
+"""GPTQ: quantize column by column, letting the columns that are still free make up for the error made so far.
+
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv:2210.17323, in the inverse-free form of LDLQ (Chee et al. 2023, arXiv:2307.13304), which gives the same codes:
+
+    minimize  tr((W - Q) H (W - Q)^T),   H = sum over tokens of x x^T + lambda I,   H = A A^T with A upper triangular
+    v_k = w_k + sum_{j<k} (w_j - q_j) A_jk / A_kk,   q_k = round_to_grid(v_k)
+    loss = sum_k A_kk^2 |v_k - q_k|^2   (exact)
+
+Columns are visited in the order of falling diag(H) ("act-order") while the groups and their grids stay where they are
+("static groups"), so the result needs no reordering at run time. The grids are searched with errors weighted by
+diag(H), on scales that are already rounded to the dtype they are stored in. Columns that never fire (H_jj = 0) keep
+their round-to-nearest codes.
+
+Shapes: W, Q ``[N, K]``; H ``[K, K]``; scale, zero point ``[N, G]``.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from qcompiler.errors import NumericsError, SchemeError
+from qcompiler.numerics.affine import (
+    Grid,
+    WeightSpec,
+    clip_grid,
+    dequantize,
+    min_max_grid,
+    quantize,
+    round_to_grid,
+    stored_scale,
+)
+from qcompiler.passes.base import Quantized, SegmentPass
+from qcompiler.statistics import LayerFacts
+
+__all__ = ["Gptq", "damped", "descend", "refit_scales", "sweep", "upper_factor"]
+
+_MAX_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `gptq`."""
+
+    percdamp: float = field(default=0.01, metadata={"help": "damping, as a fraction of the mean of diag(H)"})
+    act_order: bool = field(default=True, metadata={"help": "visit columns in the order of falling diag(H)"})
+    clip: bool = field(default=True, metadata={"help": "search clipped grids, errors weighted by diag(H)"})
+    refine: int = field(default=0, metadata={"help": "rounds of scale refit and coordinate descent after the sweep"})
+    lazy_block: int = field(default=128, metadata={"help": "columns between two updates of the whole weight"})
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        if not 0 <= self.percdamp <= _MAX_DAMPING:
+            raise SchemeError(f"pass gptq: percdamp={self.percdamp:g} is not between 0 and {_MAX_DAMPING:g}")
+        if self.refine < 0 or self.lazy_block < 1:
+            raise SchemeError(
+                f"pass gptq: refine={self.refine} and lazy_block={self.lazy_block} have to be at least 0 and 1"
+            )
+
+
+def damped(hessian: np.ndarray, percdamp: float) -> np.ndarray:
+    """H + lambda I with lambda = percdamp * mean of the diagonal where columns fire; float64 ``[K, K]``.
+
+    Without damping, columns that never fire get a diagonal of that mean (or 1): they are coupled to nothing, so any
+    positive number serves.
+    """
+    result = hessian.astype(np.float64)
+    diagonal = np.einsum("kk->k", result)
+    dead = diagonal <= 0
+    mean = 1.0 if dead.all() else float(diagonal[~dead].mean())
+    diagonal += percdamp * mean
+    diagonal[diagonal <= 0] = mean
+    return result
+
+
+def upper_factor(hessian: np.ndarray) -> np.ndarray:
+    """The upper triangular A with ``A A^T = H``; raises numpy's LinAlgError where H is not positive definite."""
+    return np.ascontiguousarray(np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1])
+
+
+def sweep(
+    weight: np.ndarray, factor: np.ndarray, grid: Grid, spec: WeightSpec, order: np.ndarray, lazy_block: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize the columns of a weight one after the other.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        factor: float64 ``[K, K]``, `upper_factor` of the damped Hessian in visiting order.
+        grid: Scale and zero point ``[N, G]`` of the columns in their own order.
+        spec: Target format.
+        order: int ``[K]``, the visiting order.
+        lazy_block: Columns between two updates with matrix products; the result does not depend on it but for rounding.
+
+    Returns:
+        Codes uint8 ``[N, K]`` and the loss of each row, float64 ``[N]``: the diagonal of ``(W - Q) H (W - Q)^T``.
+    """
+    rows, columns = weight.shape
+    diagonal = np.diagonal(factor)
+    feedback = np.ascontiguousarray((factor / diagonal).T, np.float32)  # [K, K], row k holds A_jk / A_kk for j < k
+    values = np.ascontiguousarray(weight.T[order])  # [K, N], so that a column of W is contiguous
+    errors = np.empty_like(values)
+    codes = np.empty((columns, rows), np.uint8)
+    scale, zero = np.ascontiguousarray(grid.scale.T), np.ascontiguousarray(grid.zero_point.T)  # [G, N]
+    group = order // spec.group_size
+    loss = np.zeros(rows, np.float64)
+    for start in range(0, columns, lazy_block):
+        stop = min(start + lazy_block, columns)
+        carried = feedback[start:stop, :start] @ errors[:start]  # [block, N]
+        for k in range(start, stop):
+            value = values[k] + carried[k - start] + feedback[k, start:k] @ errors[start:k]
+            s, z = scale[group[k]], zero[group[k]]
+            code = round_to_grid(value, s, z, spec)
+            codes[k] = code
+            quantized = (code - z) * s
+            np.subtract(values[k], quantized, out=errors[k])
+            value -= quantized
+            value = value.astype(np.float64)
+            loss += np.square(diagonal[k] * value)
+    result = np.empty((rows, columns), np.uint8)
+    result[:, order] = codes.T
+    return result, loss
+
+
+def row_losses(error: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+    """The diagonal of ``E H E^T``, float64 ``[N]``, of E float32 ``[N, K]`` and H float32 ``[K, K]``."""
+    return np.asarray(np.einsum("nk,nk->n", error @ hessian, error, dtype=np.float64))
+
+
+def refit_scales(weight: np.ndarray, codes: np.ndarray, hessian: np.ndarray, grid: Grid, spec: WeightSpec) -> Grid:
+    """Move each group's scale to the least loss with the codes held fixed, one group after the other (Gauss-Seidel).
+
+    For group g with values c = code - zero: ``s_g += c^T (H E)_g / (c^T H_gg c)``, E the error so far; the loss never
+    grows, up to the rounding of the scale to its stored dtype.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        codes: uint8 ``[N, K]``.
+        hessian: float32 ``[K, K]``.
+        grid: Scale and zero point ``[N, G]``.
+        spec: Target format.
+
+    Returns:
+        The grid with new scales.
+    """
+    columns = weight.shape[1]
+    scale = grid.scale.copy()
+    error = weight - dequantize(codes, scale, grid.zero_point, spec.group_size)  # [N, K]
+    gradient = error @ hessian  # [N, K]
+    for group in range(spec.groups(columns)):
+        part = slice(group * spec.group_size, min((group + 1) * spec.group_size, columns))
+        values = codes[:, part] - grid.zero_point[:, group, None]
+        curvature = np.einsum("nk,nk->n", values @ hessian[part, part], values)
+        slope = np.einsum("nk,nk->n", values, gradient[:, part])
+        moved = stored_scale(
+            scale[:, group] + np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0), spec
+        )
+        gradient -= ((moved - scale[:, group])[:, None] * values) @ hessian[part]
+        scale[:, group] = moved
+    return Grid(scale, grid.zero_point)
+
+
+def descend(
+    weight: np.ndarray, codes: np.ndarray, hessian: np.ndarray, grid: Grid, spec: WeightSpec, lazy_block: int = 128
+) -> np.ndarray:
+    """One round of coordinate descent on the codes: each column moves to its best code with all others held fixed.
+
+    ``q_k <- round_to_grid(q_k + (H E)_k / H_kk)``; the loss never grows.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        codes: uint8 ``[N, K]``.
+        hessian: float32 ``[K, K]``.
+        grid: Scale and zero point ``[N, G]``.
+        spec: Target format.
+        lazy_block: Columns between two updates with matrix products.
+
+    Returns:
+        Codes uint8 ``[N, K]``.
+    """
+    columns = weight.shape[1]
+    scale, zero = np.ascontiguousarray(grid.scale.T), np.ascontiguousarray(grid.zero_point.T)  # [G, N]
+    error = weight - dequantize(codes, grid.scale, grid.zero_point, spec.group_size)
+    gradient = hessian @ error.T  # [K, N]
+    result = np.ascontiguousarray(codes.T)
+    for start in range(0, columns, lazy_block):
+        stop = min(start + lazy_block, columns)
+        moves = np.empty((stop - start, weight.shape[0]), np.float32)
+        for k in range(start, stop):
+            s, z = scale[k // spec.group_size], zero[k // spec.group_size]
+            old = (result[k] - z) * s
+            slope = gradient[k] - hessian[k, start:k] @ moves[: k - start]
+            code = round_to_grid(old + slope / hessian[k, k], s, z, spec)
+            result[k] = code
+            np.subtract((code - z) * s, old, out=moves[k - start])
+        gradient[stop:] -= hessian[stop:, start:stop] @ moves
+    return np.ascontiguousarray(result.T)
+
+
+class Gptq(SegmentPass):
+    """GPTQ with static groups, act-order and a diag(H)-weighted grid.
+
+    1. A site with measured activations is swept as above; sites that read the same activation are swept together.
+    2. A lookup table or a site inside a control-flow body has no Hessian: it is rounded to nearest on a clipped grid.
+    3. Where the damped Hessian cannot be factored, damping grows tenfold, is reported, and past 1.0 is an error.
+    """
+
+    name = "gptq"
+    paper = "Frantar et al. 2022, arXiv:2210.17323"
+    Options = Options
+
+    def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
+        """Quantize a weight ``[N, K]``."""
+        threads = self.context.threads
+        if facts is None:
+            grid = clip_grid(weight, spec, threads=threads)
+            return Quantized(quantize(weight, grid, spec, threads), grid)
+        importance = np.diagonal(facts.hessian).astype(np.float32)
+        grid = (
+            clip_grid(weight, spec, importance, threads=threads)
+            if self.options.clip
+            else min_max_grid(weight, spec, threads)
+        )
+        order = np.argsort(-importance, kind="stable") if self.options.act_order else np.arange(len(importance))
+        factor, damping = self._factor(facts.hessian, order)
+        codes, loss = sweep(weight, factor, grid, spec, order, self.options.lazy_block)
+        if self.options.refine:
+            hessian = damped(facts.hessian, damping).astype(np.float32)
+            unit = float(np.trace(hessian)) / len(hessian)
+            hessian /= unit
+            for _ in range(self.options.refine):
+                grid = refit_scales(weight, codes, hessian, grid, spec)
+                codes = descend(weight, codes, hessian, grid, spec, self.options.lazy_block)
+            loss = row_losses(weight - dequantize(codes, grid.scale, grid.zero_point, spec.group_size), hessian) * unit
+        energy = row_losses(weight, facts.hessian.astype(np.float32))
+        remark = "" if damping == self.options.percdamp else f"damping grew to {damping:g}"
+        return Quantized(codes, grid, remark, loss, energy)
+
+    def _factor(self, hessian: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, float]:
+        """Factor the damped Hessian in visiting order, with the damping that it took."""
+        damping = self.options.percdamp
+        while damping <= _MAX_DAMPING:
+            try:
+                return upper_factor(damped(hessian, damping)[np.ix_(order, order)]), damping
+            except np.linalg.LinAlgError:
+                tried, damping = damping, max(10 * damping, 1e-4)
+        raise NumericsError(
+            f"gptq: the Hessian cannot be factored even with damping {tried:g}; give more calibration samples, or "
+            "leave the site float with --ignore"
+        )

@@ -1,0 +1,314 @@
+"""The commands `qcompile` and `qcompiler`: strings in, CompileConfig out; errors become one line and an exit code."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qcompiler import __version__
+from qcompiler.errors import QCompilerError, SchemeError
+
+__all__ = ["main", "qcompile"]
+
+_BELOW_FLOOR = 3
+
+
+class _Command(click.Command):
+    """A command whose failures are one line on stderr that begins with "Error: "."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run, turning errors into exit codes: 1 failed, 2 usage, 130 interrupted."""
+        verbose = context.params.get("verbose", 0)
+        try:
+            return super().invoke(context)
+        except QCompilerError as error:
+            _fail(str(error), error.exit_code, verbose)
+        except MemoryError:
+            _fail("out of memory; give --max-memory, fewer --samples, or a machine with more memory", 1, verbose)
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            _fail(f"{place}{error.strerror or error}; check the path, its permissions and the free space", 1, verbose)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was written", 130, verbose)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            _fail(
+                f"internal error: {type(error).__name__}: {error}; run again with -vv and report what it prints",
+                1,
+                verbose,
+            )
+
+
+def _fail(message: str, code: int, verbose: int) -> None:
+    if verbose >= 2:
+        traceback.print_exc()
+    click.echo("Error: " + " ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+_verbosity = _options(
+    click.option("-v", "--verbose", count=True, help="Say more: -v lists every site, -vv logs what happens."),
+    click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+)
+
+_compile_options = _options(
+    click.argument("model", type=click.Path(path_type=Path)),
+    click.option("--scheme", default="w4a16", show_default=True, help="What weights become: see 'qcompiler schemes'."),
+    click.option(
+        "--algorithm",
+        default="",
+        help="Weight algorithms, comma-separated, options in braces: gptq{percdamp=0.02}. "
+        "Default: gptq with calibration data, rtn without.",
+    ),
+    click.option(
+        "--calibration",
+        type=click.Path(path_type=Path),
+        help=".npz, folder of .npz, .npy of token ids, .jsonl or text.",
+    ),
+    click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json for text calibration data."),
+    click.option(
+        "--samples", type=int, help="Rows of calibration data to use, evenly spaced; N/8 others verify. Default: all."
+    ),
+    click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        help="Output file (folder for a folder). Default: beside the model.",
+    ),
+    click.option("--force", is_flag=True, help="Overwrite an existing output."),
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="PATTERN=SCHEME",
+        help="Scheme of the sites that match; the last match wins.",
+    ),
+    click.option(
+        "--ignore",
+        multiple=True,
+        metavar="PATTERN",
+        help="Leave matching sites float. 're:' begins a regular expression.",
+    ),
+    click.option("--only", multiple=True, metavar="PATTERN", help="Leave all other sites float."),
+    click.option(
+        "--embedding", default="w8a16", show_default=True, metavar="SCHEME|float", help="Scheme of lookup tables."
+    ),
+    click.option(
+        "--lm-head",
+        default="w8a16",
+        show_default=True,
+        metavar="SCHEME|float",
+        help="Scheme of the projection to the vocabulary.",
+    ),
+    click.option(
+        "--target",
+        default="cpu",
+        show_default=True,
+        help="What the form is chosen for: cpu, cuda, tensorrt or portable.",
+    ),
+    click.option(
+        "--format",
+        "output_format",
+        default="matmulnbits",
+        show_default=True,
+        help="matmulnbits (fast) or qdq (standard operators).",
+    ),
+    click.option(
+        "--accuracy-level",
+        type=int,
+        help="MatMulNBits accuracy level. Default: 0 (exact) at 4 bits, 4 at 2 and 8 bits.",
+    ),
+    click.option("--opset", type=int, help="Raise the opset to this. Default: only where the output form needs it."),
+    click.option(
+        "--sequential/--no-sequential",
+        default=True,
+        show_default=True,
+        help="Calibrate each site on what the quantized sites before it produce, or on the float model.",
+    ),
+    click.option(
+        "--provider",
+        "providers",
+        multiple=True,
+        help="Execution provider(s); the first one calibrates. Default: CPUExecutionProvider.",
+    ),
+    click.option("--threads", type=int, default=0, help="Threads. Default: all cores."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seeds everything random."),
+    click.option("--max-memory", help="Memory past which activations go to disk, for example 2GB."),
+    click.option(
+        "--verify/--no-verify", default=True, show_default=True, help="Compare the output with the float model."
+    ),
+    click.option("--min-sqnr", type=float, help="Exit with code 3 if an output's SQNR in dB is below this."),
+    click.option("--max-kl", type=float, help="Exit with code 3 if the KL divergence of the logits is above this."),
+    click.option("--require-quantized", is_flag=True, help="Fail if there is nothing to quantize."),
+    click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+    click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the model after each pass here."),
+    click.option(
+        "--pipeline", "pipeline_text", help="Run exactly these passes, for example one that a failure printed."
+    ),
+    _verbosity,
+)
+
+
+@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+@_compile_options
+def qcompile(model: Path, **options: Any) -> None:
+    """Quantize an ONNX MODEL (a file, or a folder made by onnxruntime-genai's builder) and report what it cost."""
+    from qcompiler import cli_output
+    from qcompiler.driver import compile_model
+    from qcompiler.planning import plan_model
+
+    verbose, quiet, dry_run = options.pop("verbose"), options.pop("quiet"), options.pop("dry_run")
+    cli_output.set_up_logging(verbose, quiet)
+    output, text = options.pop("output"), options.pop("pipeline_text")
+    config = _config(options)
+    if dry_run:
+        cli_output.print_plan(plan_model(model, config))
+        return
+    with cli_output.Progress(hidden=quiet) as progress:
+        result = compile_model(
+            model,
+            config=config,
+            output=output or cli_output.default_output(model, options["scheme"]),
+            pipeline_text=text,
+            progress=progress,
+        )
+    if not quiet:
+        cli_output.print_report(result, every_site=verbose > 0)
+    for failure in result.below_floor:
+        click.echo(f"Below the floor: {failure}", err=True)
+    if result.below_floor:
+        sys.exit(_BELOW_FLOOR)
+
+
+def _config(options: dict[str, Any]) -> Any:
+    """CompileConfig of the command's options."""
+    from qcompiler.config import CompileConfig
+    from qcompiler.scheme import Pattern, Scheme, SchemePlan, parse_optional_scheme
+
+    overrides = []
+    for text in options["overrides"]:
+        pattern, equals, scheme = text.rpartition("=")
+        if not equals or not pattern:
+            raise SchemeError(
+                f"--set {text} is not understood; write PATTERN=SCHEME, for example 're:.*down_proj=w8a16-g32'"
+            )
+        overrides.append((Pattern(pattern), parse_optional_scheme(scheme)))
+    plan = SchemePlan(
+        Scheme.parse(options["scheme"]),
+        embedding=parse_optional_scheme(options["embedding"]),
+        lm_head=parse_optional_scheme(options["lm_head"]),
+        overrides=tuple(overrides),
+        ignore=tuple(Pattern(text) for text in options["ignore"]),
+        only=tuple(Pattern(text) for text in options["only"]),
+    )
+    providers = options["providers"] or ("CPUExecutionProvider",)
+    same = ("calibration", "tokenizer", "samples", "force", "target", "output_format", "accuracy_level", "opset", "sequential",
+            "threads", "seed", "verify", "max_kl", "require_quantized", "dump_dir")  # fmt: skip
+    return CompileConfig(
+        plan=plan,
+        algorithms=(options["algorithm"],) if options["algorithm"] else (),
+        provider=providers[0],
+        verify_providers=tuple(providers),
+        max_memory=_bytes(options["max_memory"]),
+        min_sqnr_db=options["min_sqnr"],
+        **{name: options[name] for name in same},
+    )
+
+
+def _bytes(text: str | None) -> int | None:
+    """Read ``1.5GB``, ``800MB`` or a plain number of bytes."""
+    if text is None:
+        return None
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+    upper = text.strip().upper()
+    unit = next((u for u in sorted(units, key=len, reverse=True) if upper.endswith(u)), "")
+    try:
+        return int(float(upper.removesuffix(unit)) * units.get(unit, 1))
+    except ValueError:
+        raise SchemeError(f"--max-memory {text} is not a size; write for example 2GB or 800MB") from None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Quantization compiler for ONNX."""
+
+
+main.add_command(qcompile, "compile")
+
+
+@main.command("inspect", cls=_Command)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--sites", is_flag=True, help="List every site with all names that patterns may use.")
+@_verbosity
+def inspect_command(model: Path, sites: bool, verbose: int, quiet: bool) -> None:
+    """Show what could be quantized in MODEL and what is quantized already."""
+    from qcompiler import cli_output
+    from qcompiler.planning import inspect_model
+
+    cli_output.set_up_logging(verbose, quiet)
+    cli_output.print_inspection(inspect_model(model), every_site=sites)
+
+
+@main.command("compare", cls=_Command)
+@click.argument("reference", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--calibration", type=click.Path(path_type=Path), help="Data to compare on; random inputs without it.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json for text data.")
+@click.option(
+    "--samples", type=int, default=64, show_default=True, help="Rows of the data to look at; N/8 of them are run."
+)
+@_verbosity
+def compare_command(reference: Path, model: Path, verbose: int, quiet: bool, **options: Any) -> None:
+    """Compare the outputs of MODEL with those of REFERENCE."""
+    from qcompiler import cli_output
+    from qcompiler.measuring import compare_models
+
+    cli_output.set_up_logging(verbose, quiet)
+    cli_output.print_verification(compare_models(reference, model, **options))
+
+
+@main.command("bench", cls=_Command)
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--rows", type=int, default=1, show_default=True, help="Batch size.")
+@click.option("--length", type=int, default=64, show_default=True, help="Size of the other dynamic dimensions.")
+@click.option("--repeat", type=int, default=10, show_default=True, help="Timed runs of each model.")
+@click.option("--threads", type=int, default=0, help="Threads. Default: all cores.")
+@_verbosity
+def bench_command(models: tuple[Path, ...], verbose: int, quiet: bool, **options: Any) -> None:
+    """Time MODELS in turns in one process; ratios are to the first."""
+    from qcompiler import cli_output
+    from qcompiler.measuring import bench_models
+
+    cli_output.set_up_logging(verbose, quiet)
+    cli_output.print_bench(bench_models(models, **options))
+
+
+@main.command("schemes", cls=_Command)
+def schemes_command() -> None:
+    """List the schemes with their bits per weight."""
+    from qcompiler import cli_output
+
+    cli_output.print_schemes()
+
+
+@main.command("passes", cls=_Command)
+def passes_command() -> None:
+    """List the passes, in pipeline order, with their options."""
+    from qcompiler import cli_output
+
+    cli_output.print_passes()

@@ -1,0 +1,178 @@
+"""What the commands print: results on stdout, progress and logs on stderr."""
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from qcompiler.driver import CompileResult
+    from qcompiler.planning import Inspection, Plan
+    from qcompiler.verify import Verification
+
+__all__ = [
+    "Progress",
+    "default_output",
+    "print_bench",
+    "print_inspection",
+    "print_passes",
+    "print_plan",
+    "print_report",
+    "print_schemes",
+    "print_verification",
+    "set_up_logging",
+]
+
+# A bar for what is over sooner would only flicker.
+_PATIENCE_SECONDS = 2.0
+
+
+def set_up_logging(verbose: int, quiet: bool) -> None:
+    """Warnings to stderr; -v adds what each pass did, -vv what it did at each site."""
+    level = logging.ERROR if quiet else [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=verbose > 1, markup=False)
+    logger = logging.getLogger("qcompiler")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+
+
+def default_output(model: Path, scheme: str) -> Path:
+    """``model-w4a16.onnx`` beside ``model.onnx``; ``folder-w4a16`` beside a folder."""
+    model = model.absolute()
+    return model.with_name(f"{model.name}-{scheme}" if model.is_dir() else f"{model.stem}-{scheme}{model.suffix}")
+
+
+class Progress:
+    """Progress bars on stderr for what takes over two seconds; nothing where stderr is not a terminal."""
+
+    def __init__(self, *, hidden: bool = False) -> None:
+        """Show nothing if `hidden`."""
+        console = Console(stderr=True)
+        self._bar = RichProgress(
+            TextColumn("{task.description:18}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+            disable=hidden or not console.is_terminal,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+        self._started: dict[str, float] = {}
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        """Report that `done` of `total` steps of `label` are finished."""
+        started = self._started.setdefault(label, time.monotonic())
+        if label not in self._tasks:
+            if time.monotonic() - started < _PATIENCE_SECONDS:
+                return
+            self._bar.start()
+            self._tasks[label] = self._bar.add_task(label, total=total)
+        self._bar.update(self._tasks[label], completed=done, total=total)
+        if done >= total:
+            self._bar.remove_task(self._tasks.pop(label))
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+def _console() -> Console:
+    # Without a terminal rich would assume 80 columns and cut names off.
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def print_report(result: "CompileResult", *, every_site: bool) -> None:
+    """The report's table and the files that were written."""
+    console = _console()
+    result.report.table(console, every_site=every_site)
+    for file in result.files:
+        console.print(f"wrote {file}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_verification(verification: "Verification") -> None:
+    """How close two models are."""
+    from qcompiler.report import verification_table
+
+    verification_table(verification, _console())
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    _console().print(table)
+
+
+def print_plan(plan: "Plan") -> None:
+    """What a compilation would do."""
+    _table("Plan", ("site", "N x K", "scheme", "kernel", "MB"), [
+        (s.name, f"{s.rows} x {s.columns}", s.scheme or f"float: {s.reason}", s.kernel, f"{s.stored_bytes / 1e6:.2f}")
+        for s in plan.sites
+    ])  # fmt: skip
+    _console().print(
+        f"weights {plan.bytes_before / 1e6:.1f} MB -> about {plan.bytes_after / 1e6:.1f} MB; "
+        f"peak memory about {plan.memory_bytes / 1e6:.0f} MB; passes: {plan.pipeline}",
+        highlight=False,
+    )
+
+
+def print_inspection(inspection: "Inspection", *, every_site: bool) -> None:
+    """What a model holds."""
+    console = _console()
+    console.print(inspection.headline, highlight=False)
+    if every_site:
+        rows = [(s.name, s.role, f"{s.rows} x {s.columns}", s.state, ", ".join(s.names)) for s in inspection.sites]
+        _table("Sites", ("site", "role", "N x K", "state", "names"), rows)
+    else:
+        _table("Sites by kind", ("role", "operator", "count", "MB", "state"), inspection.summary())
+    if inspection.refusals:
+        _table("Not quantizable", ("count", "reason"), inspection.refusals)
+
+
+def print_bench(rows: Sequence[Sequence[object]]) -> None:
+    """Latencies of models that were timed in turns."""
+    _table("Latency", ("model", "median ms", "ratio to the first"), rows)
+
+
+def print_schemes() -> None:
+    """Every width with the bits per weight of its group sizes."""
+    from qcompiler.numerics.affine import WeightSpec
+    from qcompiler.numerics.formats import FORMATS
+    from qcompiler.scheme import ALIASES, GROUP_SIZES
+
+    rows = []
+    for bits in sorted(FORMATS):
+        for size in (*GROUP_SIZES, 0):
+            name = f"w{bits}a16" + (f"-g{size}" if size else "-channel")
+            shown = [
+                f"{WeightSpec(bits, size or 4096, symmetric, scale_dtype=dtype).stored_bits(4096):.3f}"
+                for symmetric in (True, False)
+                for dtype in ("float32", "float16")
+            ]
+            rows.append((name, *shown))
+    _table("Bits per weight at K = 4096", ("scheme", "sym, fp32", "sym, fp16", "asym, fp32", "asym, fp16"), rows)
+    _table("Aliases", ("alias", "means"), list(ALIASES.items()))
+
+
+def print_passes() -> None:
+    """Every pass with its options."""
+    import dataclasses
+
+    from qcompiler import passes, pipeline
+
+    rows = []
+    for name in pipeline.pass_names():
+        cls = passes.load(name)
+        module = sys.modules[cls.__module__].__doc__ or ""
+        options = "\n".join(f"{f.name}={f.default}: {f.metadata['help']}" for f in dataclasses.fields(cls.Options))
+        rows.append((name, cls.stage.name.lower(), module.strip().splitlines()[0], options, cls.paper))
+    _table("Passes", ("pass", "stage", "what it does", "options", "paper"), rows)

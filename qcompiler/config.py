@@ -1,0 +1,105 @@
+"""CompileConfig: everything a compilation depends on, in one frozen object."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompiler.errors import SchemeError
+from qcompiler.scheme import Scheme, SchemePlan
+
+__all__ = ["FORMATS_OUT", "TARGETS", "CompileConfig"]
+
+TARGETS = ("cpu", "cuda", "tensorrt", "portable")
+FORMATS_OUT = ("matmulnbits", "qdq")
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """What to do; `driver.compile_model` is a function of this and the model alone.
+
+    Attributes:
+        plan: Which site gets which scheme.
+        algorithms: Weight algorithms in order, e.g. ("gptq",); pass options in braces: "gptq{percdamp=0.02}".
+            Empty: gptq with calibration data, rtn without.
+        target: The kind of runtime the form is chosen for.
+        output_format: ``matmulnbits`` or ``qdq``.
+        accuracy_level: MatMulNBits' accuracy level; None chooses exact compute at 4 bits and level 4 at 2 and 8 bits.
+        opset: Raise the standard opset to this; None keeps the model's where the output form allows it.
+        calibration: A path, or an iterable of feeds (input name -> array), or None.
+        tokenizer: tokenizer.json for text calibration data.
+        samples: Calibration rows, evenly spaced over the data; None takes all.
+        sequential: Take the sites of a segment in data-flow order, each seeing what the quantized prefix produces.
+        provider: ONNX Runtime execution provider that calibration runs on.
+        threads: Threads of ONNX Runtime and numpy; 0 takes all cores.
+        seed: Seeds everything random.
+        max_memory: Bytes of anonymous memory past which activations and codes are spilled to disk; None is unlimited.
+        verify: Whether the output is compared with the float model.
+        verify_providers: Providers the output is run on.
+        min_sqnr_db: Accuracy floor on the outputs' SQNR.
+        max_kl: Accuracy ceiling on the KL divergence of logits.
+        require_quantized: Make a model without a quantized site an error.
+        force: Overwrite an existing output.
+        dump_dir: Write the model after each pass here.
+        progress: Called with (label, done, total) by whatever may take long.
+    """
+
+    plan: SchemePlan = field(default_factory=lambda: SchemePlan(Scheme(4)))
+    algorithms: tuple[str, ...] = ()
+    target: str = "cpu"
+    output_format: str = "matmulnbits"
+    accuracy_level: int | None = None
+    opset: int | None = None
+    calibration: str | Path | Iterable[dict[str, np.ndarray]] | None = None
+    tokenizer: str | Path | None = None
+    samples: int | None = None
+    sequential: bool = True
+    provider: str = "CPUExecutionProvider"
+    threads: int = 0
+    seed: int = 0
+    max_memory: int | None = None
+    verify: bool = True
+    verify_providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    min_sqnr_db: float | None = None
+    max_kl: float | None = None
+    require_quantized: bool = False
+    force: bool = False
+    dump_dir: Path | None = None
+    progress: Callable[[str, int, int], None] | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for value, known, option in (
+            (self.target, TARGETS, "--target"),
+            (self.output_format, FORMATS_OUT, "--format"),
+        ):
+            if value not in known:
+                raise SchemeError(f"{option} {value} is unknown; choose one of {', '.join(known)}")
+        if self.samples is not None and self.samples < 1:
+            raise SchemeError(f"--samples {self.samples} leaves nothing to calibrate on; give at least 1")
+        if self.accuracy_level is not None and not 0 <= self.accuracy_level <= 4:
+            raise SchemeError(f"--accuracy-level {self.accuracy_level} does not exist; choose 0 to 4")
+
+    def recipe(self) -> dict[str, Any]:
+        """What determines the bytes of the output, as plain values for metadata and report."""
+        plan = self.plan
+        used = {plan.default, plan.embedding, plan.lm_head}
+        text = {scheme: "float" if scheme is None else str(scheme) for scheme in used}
+        return {
+            "scheme": text[plan.default],
+            "embedding": text[plan.embedding],
+            "lm_head": text[plan.lm_head],
+            "set": [f"{p.text}={s or 'float'}" for p, s in plan.overrides],
+            "ignore": [p.text for p in plan.ignore],
+            "only": [p.text for p in plan.only],
+            "algorithms": list(self.algorithms),
+            "target": self.target,
+            "format": self.output_format,
+            "accuracy_level": self.accuracy_level,
+            "opset": self.opset,
+            "samples": self.samples,
+            "sequential": self.sequential,
+            "threads": self.threads,
+            "seed": self.seed,
+        }

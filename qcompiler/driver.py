@@ -1,0 +1,185 @@
+"""compile_model: load, run the pipeline, save, verify, report. No algorithm lives here."""
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from qcompiler import pipeline
+from qcompiler.config import CompileConfig
+from qcompiler.errors import ModelError, SchemeError
+from qcompiler.feeding import calibration_data
+from qcompiler.files import saver
+from qcompiler.files.loader import load_model, resolve_model_path, source_of
+from qcompiler.files.transaction import OutputTransaction, check_output
+from qcompiler.instruments import Dump, Instrument, Legality, MemoryMeter, stored_bytes
+from qcompiler.measuring import verify_output
+from qcompiler.pass_manager import PassManager
+from qcompiler.passes.base import PassContext
+from qcompiler.report import CompileReport
+from qcompiler.scheme import Scheme
+from qcompiler.session import cpu_threads, single_threaded_blas
+
+__all__ = ["CompileResult", "compile_model"]
+
+logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class CompileResult:
+    """A compiled model.
+
+    Attributes:
+        model: The model; its float weights are still read from the input's files.
+        report: What was done, what it cost and how close the result is.
+        files: What was written, the model first; empty without an output path.
+        below_floor: Accuracy floors that the result misses.
+    """
+
+    model: ir.Model
+    report: CompileReport
+    files: tuple[Path, ...]
+    below_floor: tuple[str, ...]
+
+    def save(self, path: str | Path, *, force: bool = False) -> list[Path]:
+        """Write the model (and its external data) to `path`."""
+        return saver.save_model(self.model, Path(path), force=force)
+
+
+def compile_model(
+    source: str | Path | onnx.ModelProto,
+    scheme: str | Scheme | None = None,
+    *,
+    calibration: str | Path | Iterable[dict[str, np.ndarray]] | None = None,
+    output: str | Path | None = None,
+    config: CompileConfig | None = None,
+    pipeline_text: str | None = None,
+    **options: Any,
+) -> CompileResult:
+    """Quantize a model.
+
+    Args:
+        source: A path, a folder that onnxruntime-genai's builder made, or a ModelProto (which is not changed).
+        scheme: For example ``w4a16`` or ``w4a16-g32-sym``; sets the default of `config.plan`.
+        calibration: See `CompileConfig.calibration`.
+        output: Where to write; without it the result is only returned (and verified).
+        config: All choices; `scheme`, `calibration` and `options` override it.
+        pipeline_text: An explicit pipeline instead of the one that `config` implies.
+        options: Fields of CompileConfig.
+
+    Returns:
+        The model and its report.
+
+    Raises:
+        QCompilerError: What is wrong, where, and the remedy; nothing is left behind.
+    """
+    config = _configured(config or CompileConfig(), scheme, calibration, options)
+    started = time.perf_counter()
+    with MemoryMeter() as meter, single_threaded_blas(), tempfile.TemporaryDirectory(prefix="qcompiler-") as temporary:
+        model = load_model(source)
+        place = _Place.of(source, Path(output) if output is not None else Path(temporary) / "model.onnx")
+        place.check(model, force=config.force)
+        before = stored_bytes(model)
+        data = calibration_data(model, config)
+        config = replace(config, algorithms=config.algorithms or (("gptq",) if data else ("rtn",)))
+        context = PassContext(config, cpu_threads(config.threads), data, config.progress)
+        manager = PassManager(pipeline.build(config, context, text=pipeline_text), _instruments(config))
+        reports = manager.run(model, meter)
+        report = CompileReport(config, _source_name(source), reports, data, before, stored_bytes(model))
+        if report.quantized_sites:
+            model.metadata_props.update(report.metadata())
+        else:
+            _nothing_quantized(report, config)
+        with OutputTransaction(place.folder, force=config.force, protect=saver.input_files(model)) as transaction:
+            place.write(model, transaction)
+            sizes = saver.file_bytes(transaction.seal())
+            if config.verify and report.quantized_sites:
+                message = isinstance(source, onnx.ModelProto)
+                reference = source.SerializeToString() if message else resolve_model_path(source)
+                report.verification = verify_output(reference, model, transaction.staged(place.model), config, data)
+            report.finish(time.perf_counter() - started, meter.peak_bytes, sizes)
+            transaction.create(place.report).write(report.to_json().encode())
+            files = transaction.commit() if output is not None else []
+    verification = report.verification
+    failures = verification.floor_failures(config.min_sqnr_db, config.max_kl) if verification else []
+    return CompileResult(model, report, tuple(files), tuple(failures))
+
+
+def _source_name(source: str | Path | onnx.ModelProto) -> str:
+    """What messages and the report call the input."""
+    return source.graph.name or "model" if isinstance(source, onnx.ModelProto) else Path(source).name
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the output goes.
+
+    Attributes:
+        folder: The folder that everything is written to.
+        model: The model file.
+        companions: The input folder whose other files are copied along, or None.
+    """
+
+    folder: Path
+    model: Path
+    companions: Path | None
+
+    @classmethod
+    def of(cls, source: str | Path | onnx.ModelProto, target: Path) -> "_Place":
+        """A folder goes to a folder, a file or message to a file."""
+        if isinstance(source, str | Path) and Path(source).is_dir() and target.suffix != ".onnx":
+            return cls(target, target / resolve_model_path(source).relative_to(source), Path(source))
+        return cls(target.parent, target, None)
+
+    @property
+    def report(self) -> Path:
+        """The report beside the model."""
+        return self.model.with_name(f"{self.model.stem}.report.json")
+
+    def check(self, model: ir.Model, *, force: bool) -> None:
+        """Raise OutputError now for what would be found out only after the work."""
+        saver.check_destination(
+            self.folder if self.companions else self.model, model, force=force, folder=bool(self.companions)
+        )
+        if self.folder.exists():
+            check_output(self.report, force=force)
+
+    def write(self, model: ir.Model, transaction: OutputTransaction) -> None:
+        """Write the model and what goes along with it."""
+        if self.companions is not None:
+            skip = source_of(model).files
+            saver.copy_companions(self.companions, self.folder, self.model.name, transaction=transaction, skip=skip)
+        saver.write_model(model, self.model, transaction)
+
+
+def _configured(
+    config: CompileConfig, scheme: str | Scheme | None, calibration: Any, options: dict[str, Any]
+) -> CompileConfig:
+    """The configuration with the caller's own arguments put in."""
+    unknown = set(options) - set(CompileConfig.__dataclass_fields__)
+    if unknown:
+        raise SchemeError(f"unknown option '{sorted(unknown)[0]}'; see qcompiler.CompileConfig for the known ones")
+    if scheme is not None:
+        parsed = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+        options = {"plan": replace(config.plan, default=parsed), **options}
+    if calibration is not None:
+        options["calibration"] = calibration
+    return replace(config, **options)
+
+
+def _instruments(config: CompileConfig) -> list[Instrument]:
+    return [Legality(), *([Dump(Path(config.dump_dir))] if config.dump_dir else [])]
+
+
+def _nothing_quantized(report: CompileReport, config: CompileConfig) -> None:
+    """Say that the model leaves as it came; an error where something had to be quantized."""
+    message = f"{report.model_name}: nothing was quantized ({report.skip_summary()})"
+    if config.require_quantized:
+        raise ModelError(f"{message}; check --scheme, --ignore and --only, or drop --require-quantized")
+    logger.warning("%s; the model is copied unchanged", message)

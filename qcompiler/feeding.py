@@ -1,0 +1,67 @@
+"""What a model wants to be fed, and the data it is fed: calibration rows, held-out rows, random rows."""
+
+import json
+
+import onnx_ir as ir
+
+from qcompiler.calibration import CalibrationData, load_calibration, synthetic_data
+from qcompiler.config import CompileConfig
+from qcompiler.errors import ModelError
+from qcompiler.files.loader import GENAI_CONFIG, source_of
+from qcompiler.session import InputSpec
+from qcompiler.sites import find_sites
+
+__all__ = ["calibration_data", "input_specs", "random_data"]
+
+# Rows of calibration data that run together; two of 512 tokens keep a matrix product busy and the activations small.
+_BATCH_ROWS = 2
+
+
+def input_specs(model: ir.Model) -> list[InputSpec]:
+    """The graph inputs that a run has to be fed."""
+    specs = []
+    for value in model.graph.inputs:
+        if value.name is None or value.is_initializer() or value.dtype is None:
+            continue
+        shape = value.shape if value.shape is not None else ()
+        dims = tuple(d if isinstance(d, int) else d.value for d in shape)
+        dtype = "str" if value.dtype == ir.DataType.STRING else value.dtype.numpy().name
+        specs.append(InputSpec(value.name, dtype, dims))
+    return specs
+
+
+def random_data(model: ir.Model, specs: list[InputSpec], *, seed: int, rows: int = 2) -> CalibrationData:
+    """Random held-out rows for a model without data: token ids within the vocabulary, masks of ones, normal floats."""
+    return synthetic_data(specs, seed=seed, rows=rows, vocabulary=_vocabulary(model), head_size=_head_size(model))
+
+
+def calibration_data(model: ir.Model, config: CompileConfig) -> CalibrationData | None:
+    """The data that the configuration names, cut to the model's inputs; None if it names none."""
+    if config.calibration is None:
+        return None
+    return load_calibration(
+        config.calibration,
+        input_specs(model),
+        samples=config.samples,
+        tokenizer=config.tokenizer,
+        batch_rows=_BATCH_ROWS,
+        head_size=_head_size(model),
+        vocabulary=_vocabulary(model),
+    )
+
+
+def _vocabulary(model: ir.Model) -> int | None:
+    """Rows of the largest lookup table, which bounds token ids."""
+    return max((site.rows for site in find_sites(model)[0] if site.role == "embedding"), default=None)
+
+
+def _head_size(model: ir.Model) -> int | None:
+    """What onnxruntime-genai's configuration beside the model says about its key-value cache."""
+    path = source_of(model).path
+    config = path.with_name(GENAI_CONFIG) if path is not None else None
+    if config is None or not config.is_file():
+        return None
+    try:
+        return int(json.loads(config.read_text(encoding="utf-8"))["model"]["decoder"]["head_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{config}: names no model.decoder.head_size; mend it, or move it away") from error

@@ -1,0 +1,1 @@
+"""Models as files: loading with checks, and saving all or nothing."""

@@ -1,0 +1,86 @@
+"""What the passes that spell a QuantizedTensor out as operators and constants have in common."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, Site, unique_name
+from qcompiler.numerics.packing import pack_codes, pack_matmul_nbits
+from qcompiler.targets import block_size
+
+__all__ = ["add_constant", "block_constants", "make_node", "replace_nodes"]
+
+
+def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """Register an initializer under a free name like `name`."""
+    tensor = ir.Tensor(array, name=unique_name(graph, name))
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def block_constants(site: Site, *, flat: bool = False) -> list[ir.Value | None]:
+    """The initializers of a quantized weight in ONNX Runtime's block layout (see `numerics.packing`).
+
+    Every caller gets the same initializers for the same weight; the codes of both shapes are views of the same bytes.
+
+    Args:
+        site: A site whose weight is quantized.
+        flat: Codes as ``[N, blocks * blob]`` (GatherBlockQuantized) instead of ``[N, blocks, blob]`` (MatMulNBits).
+
+    Returns:
+        Codes, scales and zero points; the last is None where the format has none.
+    """
+    tensor, graph = site.quantized, site.weight.graph
+    assert tensor is not None and graph is not None
+    made: dict[str, ir.Value] = tensor.meta.setdefault("lowered", {})
+    spec, columns, size = tensor.spec, tensor.columns, block_size(tensor.spec, tensor.columns)
+
+    def constant(suffix: str, array: np.ndarray) -> ir.Value:
+        if suffix not in made:
+            made[suffix] = add_constant(graph, f"{site.weight.name}_{suffix}", array)
+        return made[suffix]
+
+    if "blob" not in tensor.meta:
+        tensor.meta["blob"] = pack_matmul_nbits(tensor.packed, spec.bits, columns, size, spec.format.mid)
+    blob = tensor.meta["blob"]
+    codes = constant("table", blob.reshape(len(blob), -1)) if flat else constant("codes", blob)
+    spread = np.arange(blob.shape[1]) * size // spec.group_size  # block -> group
+    zero = None
+    if tensor.zero_point is not None:
+        zero = constant("zero_points", pack_codes(tensor.zero_point[:, spread], spec.bits))
+    same = len(spread) == tensor.scale.shape[1]
+    return [codes, constant("scales", tensor.scale if same else tensor.scale[:, spread]), zero]
+
+
+def make_node(
+    graph: ir.Graph,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any],
+    origin: ir.Node,
+    pass_name: str,
+    domain: str = "",
+) -> ir.Node:
+    """A node with one output that stands for (a part of) `origin`, carries its metadata and says which pass made it."""
+    metadata = {key: text for key, text in origin.metadata_props.items() if key not in (SCHEME_KEY, SITE_KEY)}
+    metadata[PASS_KEY] = pass_name
+    name = unique_name(graph, f"{origin.name or origin.op_type}_{op_type}")
+    present = list(inputs)
+    while present and present[-1] is None:
+        present.pop()
+    output = ir.Value(name=unique_name(graph, f"{name}_output"))
+    return ir.node(op_type, present, attributes, domain=domain, name=name, metadata_props=metadata, outputs=[output])
+
+
+def replace_nodes(graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], output: ir.Value) -> None:
+    """Put `new` after old[0]; `output` takes name, type, shape and readers of old[0]'s result; remove `old`."""
+    result = old[0].outputs[0]
+    graph.insert_after(old[0], new)
+    output.type, output.shape = result.type, result.shape
+    name = result.name
+    result.replace_all_uses_with(output, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+    output.name = name

@@ -1,0 +1,1 @@
+"""The numbers room: formats, grids, rounding, packing and metrics, in numpy alone."""

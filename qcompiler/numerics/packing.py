@@ -1,0 +1,129 @@
+"""Bit packing and the memory layouts of ONNX Runtime's block-quantized operators.
+
+MatMulNBits (com.microsoft) reads, for a weight of N rows and K columns in blocks of `block_size`:
+
+* ``B``           uint8 ``[N, ceil(K / block_size), block_size * bits / 8]``, low bits first; the ragged last block is
+  padded;
+* ``scales``      ``[N, ceil(K / block_size)]`` of the activation's dtype;
+* ``zero_points`` uint8 ``[N, ceil(ceil(K / block_size) * bits / 8)]``, each row packed on its own, low bits first.
+
+GatherBlockQuantized with uint8 data reads the same bytes as ``[N, K * bits / 8]``.
+
+DequantizeLinear reads integer tensors: codes ``[K, N]`` for a MatMul, unsigned with zero points or signed without. ONNX
+packs integers below a byte in row-major order, low bits first; a row may begin within a byte.
+"""
+
+import numpy as np
+
+from qcompiler.numerics.formats import int_format
+
+__all__ = ["integer_codes", "pack_codes", "pack_matmul_nbits", "transpose_packed", "unpack_codes"]
+
+# Columns that `transpose_packed` turns at a time: whole bytes at any width, and few enough to stay in the cache.
+_COLUMNS = 128
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack codes low bits first along the last axis, padding the last byte with zero bits.
+
+    Args:
+        codes: uint8 ``[..., K]`` with values below ``2**bits``.
+        bits: 2, 4 or 8.
+
+    Returns:
+        uint8 ``[..., ceil(K * bits / 8)]``.
+    """
+    per_byte = int_format(bits).codes_per_byte
+    if per_byte == 1:
+        return np.ascontiguousarray(codes)
+    ragged = -codes.shape[-1] % per_byte
+    if ragged:
+        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, ragged)])
+    packed = codes[..., 0::per_byte].copy()  # [..., K / per_byte]
+    for lane in range(1, per_byte):
+        packed |= codes[..., lane::per_byte] << (lane * bits)
+    return packed
+
+
+def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Invert `pack_codes`.
+
+    Args:
+        packed: uint8 ``[..., ceil(count * bits / 8)]``.
+        bits: 2, 4 or 8.
+        count: Number of codes in a row, K.
+
+    Returns:
+        uint8 ``[..., count]``.
+    """
+    fmt = int_format(bits)
+    if fmt.codes_per_byte == 1:
+        return packed[..., :count]
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * fmt.codes_per_byte), np.uint8)
+    for lane in range(fmt.codes_per_byte):
+        np.bitwise_and(packed >> (lane * bits), fmt.qmax, out=codes[..., lane :: fmt.codes_per_byte])
+    return codes[..., :count]
+
+
+def pack_matmul_nbits(packed: np.ndarray, bits: int, columns: int, block_size: int, pad_code: int) -> np.ndarray:
+    """Lay packed codes out as MatMulNBits' input B.
+
+    Args:
+        packed: uint8 ``[N, ceil(K * bits / 8)]`` from `pack_codes`.
+        bits: 2, 4 or 8.
+        columns: K.
+        block_size: Codes in a block.
+        pad_code: The code that fills a ragged last block; its value is never multiplied with anything but zeros.
+
+    Returns:
+        uint8 ``[N, ceil(K / block_size), block_size * bits / 8]``; a view of `packed` where no padding is needed.
+    """
+    blocks = -(-columns // block_size)
+    blob = block_size * bits // 8
+    if blocks * block_size != columns:
+        codes = unpack_codes(packed, bits, columns)
+        fill = np.full((len(packed), blocks * block_size - columns), pad_code, np.uint8)
+        packed = pack_codes(np.concatenate([codes, fill], axis=1), bits)
+    return packed.reshape(len(packed), blocks, blob)
+
+
+def integer_codes(codes: np.ndarray, bits: int, *, signed: bool, width: int) -> np.ndarray:
+    """Codes as an ONNX integer type holds them: themselves, or two's complement of ``code - mid`` in a signed type.
+
+    Args:
+        codes: uint8, any shape.
+        bits: Width of the codes: 2, 4 or 8.
+        signed: Whether the type is signed.
+        width: Width of the type, at least `bits`.
+
+    Returns:
+        uint8, the same shape, values below ``2**width``.
+    """
+    if not signed:
+        return codes
+    return (codes - np.uint8(int_format(bits).mid)) & np.uint8(int_format(width).qmax)
+
+
+def transpose_packed(packed: np.ndarray, bits: int, columns: int, *, signed: bool, width: int) -> np.ndarray:
+    """Turn packed rows into the bytes of an ONNX integer tensor of shape ``[K, N]``.
+
+    Args:
+        packed: uint8 ``[N, ceil(K * bits / 8)]`` from `pack_codes`.
+        bits: Width of the codes: 2, 4 or 8.
+        columns: K.
+        signed: Whether the tensor's type is signed; its values are ``code - mid`` then.
+        width: Width of the tensor's type, at least `bits`.
+
+    Returns:
+        uint8 ``[ceil(K * N * width / 8)]``.
+    """
+    rows, per_byte, out_per_byte = len(packed), int_format(bits).codes_per_byte, int_format(width).codes_per_byte
+    result = np.empty(-(-columns * rows // out_per_byte), np.uint8)
+    for start in range(0, columns, _COLUMNS):
+        stop = min(start + _COLUMNS, columns)
+        part = unpack_codes(packed[:, start // per_byte : -(-stop // per_byte)], bits, stop - start)
+        turned = integer_codes(np.ascontiguousarray(part.T), bits, signed=signed, width=width)  # [columns, N]
+        bytes_ = pack_codes(turned.reshape(-1), width)
+        first = start * rows // out_per_byte
+        result[first : first + len(bytes_)] = bytes_
+    return result

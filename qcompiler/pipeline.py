@@ -1,0 +1,80 @@
+"""From names to ordered passes and back: ``canonicalize,assign_scheme,gptq{percdamp=0.02},...`` round-trips."""
+
+import re
+from collections.abc import Sequence
+
+from qcompiler import passes
+from qcompiler.config import CompileConfig
+from qcompiler.errors import SchemeError
+from qcompiler.passes.base import PassContext, QuantPass, Stage
+
+__all__ = ["build", "parse", "pass_names"]
+
+Step = tuple[str, dict[str, str]]
+_STEP = re.compile(r"\s*([a-z_][a-z0-9_]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
+
+
+def parse(text: str) -> list[Step]:
+    """Read ``name{option=value,...},name,...`` into (name, options) pairs; raises SchemeError at the place it fails."""
+    steps: list[Step] = []
+    position = 0
+    while position < len(text):
+        match = _STEP.match(text, position)
+        if not match:
+            raise SchemeError(
+                f"'{text[position:]}' is not understood; expected name or name{{option=value,...}}, comma-separated"
+            )
+        options = {}
+        for part in (match[2] or "").split(","):
+            key, equals, value = part.partition("=")
+            if part.strip() and not (equals and value.strip()):
+                raise SchemeError(f"option '{part.strip()}' of {match[1]} has no value; write option=value")
+            if part.strip():
+                options[key.strip()] = value.strip()
+        passes.load(match[1])
+        steps.append((match[1], options))
+        position = match.end()
+    return steps
+
+
+def pass_names() -> list[str]:
+    """All passes in the order in which a pipeline would run them."""
+    return [name for name, _ in order([(name, {}) for name in passes.names()])]
+
+
+def order(steps: Sequence[Step]) -> list[Step]:
+    """Stable sort by stage, then by what each pass says it comes after."""
+    ranked = sorted(steps, key=lambda step: passes.load(step[0]).stage)
+    placed: list[Step] = []
+    while ranked:
+        waiting = {name for name, _ in ranked}
+        # The first whose predecessors are placed; a circle of "after" is a bug of the passes, not of the user.
+        ready = next(step for step in ranked if not waiting & set(passes.load(step[0]).after))
+        placed.append(ready)
+        ranked.remove(ready)
+    return placed
+
+
+def build(config: CompileConfig, context: PassContext, *, text: str | None = None) -> list[QuantPass]:
+    """The passes of a compilation.
+
+    Args:
+        config: Decides which passes apply and names the algorithms.
+        context: Given to each pass.
+        text: An explicit pipeline that is taken as it stands.
+
+    Returns:
+        Passes ready to run, in order.
+
+    Raises:
+        SchemeError: An unknown pass or option, or an algorithm that is none.
+    """
+    if text is not None:
+        return [passes.load(name)(context, options) for name, options in parse(text)]
+    algorithms = parse(",".join(config.algorithms))
+    for name, _ in algorithms:
+        if passes.load(name).stage not in (Stage.TRANSFORM, Stage.QUANTIZE):
+            known = [n for n in passes.names() if passes.load(n).stage in (Stage.TRANSFORM, Stage.QUANTIZE)]
+            raise SchemeError(f"'{name}' is not an algorithm; known algorithms: {', '.join(known)}")
+    always = [(name, {}) for name in passes.names() if passes.load(name).applies(config)]
+    return [passes.load(name)(context, options) for name, options in order([*always, *algorithms])]

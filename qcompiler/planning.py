@@ -1,0 +1,172 @@
+"""Looking before leaping: what a model holds, and what a compilation of it would do."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qcompiler import pipeline
+from qcompiler.config import CompileConfig
+from qcompiler.files.loader import load_model
+from qcompiler.graph import SCHEME_KEY, Site
+from qcompiler.instruments import stored_bytes
+from qcompiler.passes.base import PassContext, Stage, site_spec
+from qcompiler.sites import find_sites
+from qcompiler.targets import lowered_bytes
+
+__all__ = ["Inspection", "Plan", "PlannedSite", "inspect_model", "plan_model"]
+
+# Memory of the interpreter with its libraries, and of one segment's float activations per calibration row of 512
+# tokens.
+_BASE_BYTES = 120_000_000
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A site and what would become of it.
+
+    Attributes:
+        name: Display name.
+        names: Every name that patterns may use.
+        role: linear, embedding or lm_head.
+        operator: Node type.
+        rows: N.
+        columns: K.
+        scheme: Scheme text; empty if it stays float.
+        reason: Why it stays float.
+        kernel: The operator that will run it.
+        float_bytes: Bytes of the weight now.
+        stored_bytes: Bytes of the weight afterwards; 0 for a use of a weight that is counted already.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    role: str
+    operator: str
+    rows: int
+    columns: int
+    scheme: str
+    reason: str
+    kernel: str
+    float_bytes: int
+    stored_bytes: int
+
+    @property
+    def state(self) -> str:
+        """In words."""
+        return self.scheme or "float"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compilation would do."""
+
+    sites: tuple[PlannedSite, ...]
+    pipeline: str
+    bytes_before: int
+    bytes_after: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model holds."""
+
+    headline: str
+    sites: tuple[PlannedSite, ...]
+    refusals: tuple[tuple[int, str], ...]
+
+    def summary(self) -> list[tuple[str, str, int, str, str]]:
+        """Sites counted by role, operator and state."""
+        groups: dict[tuple[str, str, str], list[PlannedSite]] = {}
+        for site in self.sites:
+            groups.setdefault((site.role, site.operator, site.state), []).append(site)
+        return [
+            (role, operator, len(members), f"{sum(s.float_bytes for s in members) / 1e6:.1f}", state)
+            for (role, operator, state), members in groups.items()
+        ]
+
+
+def _kernel(site: Site, config: CompileConfig) -> str:
+    if config.output_format == "qdq":
+        return "DequantizeLinear"
+    return "GatherBlockQuantized" if site.role == "embedding" else "MatMulNBits"
+
+
+def _planned(site: Site, config: CompileConfig, reason: str, seen: set[int]) -> PlannedSite:
+    tensor = site.weight.const_value
+    assert tensor is not None
+    text = site.node.metadata_props.get(SCHEME_KEY, "")
+    after = lowered_bytes(site_spec(site, config), site.rows, site.columns) if text else int(tensor.nbytes)
+    first = id(site.weight) not in seen
+    seen.add(id(site.weight))
+    return PlannedSite(
+        site.name, site.names, site.role, site.node.op_type, site.rows, site.columns, text, "" if text else reason,
+        _kernel(site, config) if text else site.node.op_type, int(tensor.nbytes) if first else 0, after if first else 0,
+    )  # fmt: skip
+
+
+def _bytes_after(model: ir.Model, sites: list[Site], config: CompileConfig) -> int:
+    """Bytes of all initializers once the assigned sites are lowered; untied copies of a weight share their data."""
+    assigned = [site for site in sites if SCHEME_KEY in site.node.metadata_props]
+    lowered = {site.weight: lowered_bytes(site_spec(site, config), site.rows, site.columns) for site in assigned}
+    rest = [value.const_value for g in model.graphs() for value in g.initializers.values() if value not in lowered]
+    return sum(lowered.values()) + sum({id(tensor): tensor.nbytes for tensor in rest if tensor is not None}.values())
+
+
+def plan_model(source: str | Path, config: CompileConfig) -> Plan:
+    """Load a model and run the passes that decide, but none that quantizes.
+
+    Args:
+        source: A path as `load_model` takes it.
+        config: As for a compilation.
+
+    Returns:
+        Sites with their schemes, the expected size of the weights and an estimate of the peak memory.
+    """
+    model = load_model(source)
+    before = stored_bytes(model)
+    algorithms = config.algorithms or (("gptq",) if config.calibration is not None else ("rtn",))
+    full = pipeline.build(_with_algorithms(config, algorithms), PassContext(config))
+    reasons = {}
+    for step in full:
+        if step.stage <= Stage.PLAN:
+            result = step(model)
+            reasons.update({r.site: r.reason for r in getattr(result, "records", ()) if r.action == "skipped"})
+    seen: set[int] = set()
+    found = find_sites(model)[0]
+    sites = tuple(_planned(s, config, reasons.get(s.name, ""), seen) for s in found)
+    codes = sum(site.stored_bytes for site in sites if site.scheme)
+    largest = max((site.rows * site.columns for site in sites if site.scheme), default=0)
+    widest = max((site.columns for site in sites if site.scheme and site.role == "linear"), default=0)
+    memory = _BASE_BYTES + codes + 12 * largest
+    if any(step.needs_calibration for step in full):
+        rows = config.samples or 128
+        memory += 40 * widest * widest + rows * 512 * widest * 4 * 2
+    return Plan(sites, ",".join(str(step) for step in full), before, _bytes_after(model, found, config), memory)
+
+
+def _with_algorithms(config: CompileConfig, algorithms: tuple[str, ...]) -> CompileConfig:
+    from dataclasses import replace
+
+    return replace(config, algorithms=algorithms)
+
+
+def inspect_model(source: str | Path) -> Inspection:
+    """Load a model and list its sites, quantized or not, and the weights that cannot be quantized, with the reason."""
+    from qcompiler.passes import load
+
+    model = load_model(source)
+    config = CompileConfig()
+    load("canonicalize")(PassContext(config))(model)
+    sites, refusals = find_sites(model)
+    seen: set[int] = set()
+    planned = tuple(_planned(site, config, "", seen) for site in sites)
+    counted = Counter(refusal.reason for refusal in refusals)
+    opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in model.opset_imports.items())
+    headline = (
+        f"{Path(source).name}: {sum(1 for _ in model.graph.all_nodes())} nodes, IR version {model.ir_version}, "
+        f"opset {opsets}, {stored_bytes(model) / 1e6:.1f} MB of constants, {len(planned)} sites that can be quantized"
+    )
+    return Inspection(headline, planned, tuple((count, reason) for reason, count in counted.most_common()))

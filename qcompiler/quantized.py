@@ -1,0 +1,101 @@
+"""QuantizedTensor: a weight that is codes, scales and zero points but still reads as the float weight of its node.
+
+Because `numpy()` is the dequantized weight in the orientation and dtype that the node expects, a half-quantized model
+is an ordinary float model: it serializes, runs anywhere, and needs no new opset. Only lowering passes look inside.
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.numerics.affine import Grid, WeightSpec, dequantize
+from qcompiler.numerics.packing import pack_codes, unpack_codes
+
+__all__ = ["QuantizedTensor"]
+
+
+class QuantizedTensor(ir.LazyTensor):
+    """Codes, scales and zero points of a weight of N rows (output channels) and K columns.
+
+    Attributes:
+        packed: uint8 ``[N, ceil(K * bits / 8)]``, low bits first.
+        scale: ``[N, G]`` in the stored dtype.
+        zero_point: uint8 ``[N, G]``, or None where the zero is the middle code.
+        spec: The format.
+        columns: K.
+        layout: How the node stores the weight: see `graph.Layout`.
+    """
+
+    __slots__ = ("columns", "layout", "packed", "scale", "spec", "zero_point")
+
+    def __init__(
+        self,
+        codes: np.ndarray,
+        grid: Grid,
+        spec: WeightSpec,
+        *,
+        layout: str,
+        dtype: ir.DataType,
+        name: str | None = None,
+    ) -> None:
+        """Pack `codes` uint8 ``[N, K]`` on `grid`; `dtype` is what `numpy()` returns."""
+        from qcompiler.numerics.affine import storage_dtype
+
+        self.packed = pack_codes(codes, spec.bits)
+        self.scale = grid.scale.astype(storage_dtype(spec.scale_dtype))
+        self.zero_point = None if spec.symmetric else grid.zero_point.astype(np.uint8)
+        self.spec, self.columns, self.layout = spec, codes.shape[1], layout
+        shape = stored_shape(layout, len(codes), codes.shape[1])
+        super().__init__(self._evaluate_float, dtype, ir.Shape(shape), name=name)
+
+    @property
+    def rows(self) -> int:
+        """N, the number of output channels (or of table rows)."""
+        return len(self.packed)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of packed codes, scales and zero points together."""
+        zero_bytes = 0 if self.zero_point is None else self.rows * -(-self.zero_point.shape[1] * self.spec.bits // 8)
+        return int(self.packed.nbytes + self.scale.nbytes + zero_bytes)
+
+    def codes(self) -> np.ndarray:
+        """Codes uint8 ``[N, K]``."""
+        return unpack_codes(self.packed, self.spec.bits, self.columns)
+
+    def dequantized(self) -> np.ndarray:
+        """Values float32 ``[N, K]``."""
+        zero: Any = self.zero_point
+        if zero is None:
+            zero = np.full(self.scale.shape, self.spec.format.mid, np.uint8)
+        return dequantize(self.codes(), self.scale, zero, self.spec.group_size)
+
+    def _evaluate_float(self) -> ir.Tensor:
+        values = to_stored(self.dequantized(), self.layout).astype(self.dtype.numpy())
+        return ir.Tensor(np.ascontiguousarray(values), name=self.name)
+
+
+def stored_shape(layout: str, rows: int, columns: int) -> tuple[int, ...]:
+    """Shape in which the model stores an [N, K] weight."""
+    return {"NK": (rows, columns), "KN": (columns, rows), "1KN": (1, columns, rows)}.get(
+        layout, (rows, columns) + (1,) * layout.count("1")
+    )
+
+
+def to_stored(weight: np.ndarray, layout: str) -> np.ndarray:
+    """[N, K] -> the shape that the model stores; a view."""
+    if layout in ("KN", "1KN"):
+        weight = weight.T
+    return weight.reshape(stored_shape("NK", *weight.shape)) if layout in ("NK", "KN") else _with_ones(weight, layout)
+
+
+def _with_ones(weight: np.ndarray, layout: str) -> np.ndarray:
+    return weight[None] if layout == "1KN" else weight.reshape(*weight.shape, *(1,) * layout.count("1"))
+
+
+def from_stored(weight: np.ndarray, layout: str) -> np.ndarray:
+    """The shape that the model stores -> [N, K]; a view."""
+    if layout in ("KN", "1KN"):
+        return weight.reshape(weight.shape[-2:]).T
+    return weight.reshape(weight.shape[:2])

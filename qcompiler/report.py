@@ -1,0 +1,267 @@
+"""CompileReport: what was done at every site, what it cost and how close the result is, as JSON, table and metadata."""
+
+import importlib
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qcompiler.config import CompileConfig
+from qcompiler.records import PassReport, SiteRecord
+from qcompiler.targets import default_accuracy_level
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qcompiler.calibration import CalibrationData
+    from qcompiler.scheme import Scheme
+    from qcompiler.verify import Verification
+
+__all__ = ["CompileReport", "SiteRow", "merge_records", "scheme_meaning", "verification_table"]
+
+SCHEMA = 1
+_DISTRIBUTIONS = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
+# JSON has no infinity; an exact result is written as this many dB, more than float64 can resolve.
+_EXACT_DB = 400.0
+_SKIPS_LISTED = 3
+# What a site's row shows in fields of its own.
+_FIGURES = ("bits_per_weight", "sqnr_db", "loss", "relative_loss", "seconds")
+
+
+@dataclass
+class SiteRow:
+    """Everything that happened at one site.
+
+    Attributes:
+        site: Its name.
+        action: ``quantized``, ``skipped``, or ``assigned`` where no pass quantized it.
+        scheme: Scheme text; empty if it stayed float.
+        form: The operator that it became.
+        bits_per_weight: Scales and zero points included.
+        sqnr_db: Of the weight, in dB.
+        loss: GPTQ's loss, the squared error of the site's output summed over the calibration tokens.
+        relative_loss: The loss divided by the summed square of the output.
+        seconds: Time, where a pass measured it.
+        metrics: Further figures, unit in the name.
+        reason: Why it was skipped, or remarks on how it was done.
+    """
+
+    site: str
+    action: str = "assigned"
+    scheme: str = ""
+    form: str = ""
+    bits_per_weight: float | None = None
+    sqnr_db: float | None = None
+    loss: float | None = None
+    relative_loss: float | None = None
+    seconds: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    def update(self, record: SiteRecord) -> None:
+        """Add what a pass recorded."""
+        if record.action == "fused":
+            self.action, self.form = "quantized", record.reason
+        else:
+            self.action = "quantized" if record.action == "quantized" else self.action
+            self.action = "skipped" if record.action == "skipped" else self.action
+            self.reason = "; ".join(text for text in (self.reason, record.reason) if text)
+        self.scheme = "" if self.action == "skipped" else self.scheme or record.spec
+        for name, figure in record.metrics.items():
+            if name in _FIGURES:
+                setattr(self, name, figure)
+            else:
+                self.metrics[name] = figure
+
+
+def merge_records(records: Iterable[SiteRecord]) -> tuple[list[SiteRow], list[str]]:
+    """One row for each site, in order of appearance, and notes on what was done to the model as a whole."""
+    rows: list[SiteRow] = []
+    latest: dict[str, SiteRow] = {}
+    notes = []
+    for record in records:
+        if record.action == "rewritten":
+            notes.append(f"{record.site}: {record.reason}" if record.reason else record.site)
+            continue
+        row = latest.get(record.site)
+        # Two unnamed nodes may have been skipped under one name; they stay two rows.
+        if row is None or (row.action == record.action == "skipped"):
+            row = latest[record.site] = SiteRow(record.site)
+            rows.append(row)
+        row.update(record)
+    return rows, notes
+
+
+def scheme_meaning(config: CompileConfig) -> str:
+    """What the schemes come to on the target, e.g. ``w4a16 on cpu means groups of 64, asymmetric, exact compute``."""
+    plan = config.plan
+    parts = [f"{_short(plan.default)} on {config.target} means {_describe(plan.default, config)}"]
+    for role, scheme in (("embedding", plan.embedding), ("lm_head", plan.lm_head)):
+        parts.append(f"{role} {'float' if scheme is None else scheme.resolve(config.target)}")
+    return "; ".join(parts)
+
+
+def _short(scheme: "Scheme | None") -> str:
+    return "float" if scheme is None else str(scheme)
+
+
+def _describe(scheme: "Scheme | None", config: CompileConfig) -> str:
+    if scheme is None:
+        return "weights as they are"
+    resolved = scheme.resolve(config.target)
+    words = [f"groups of {resolved.group_size}" if resolved.group_size else "one scale for each output channel"]
+    words.append("symmetric" if resolved.symmetric else "asymmetric")
+    if config.output_format == "matmulnbits":
+        given = config.accuracy_level
+        level = default_accuracy_level(resolved.bits) if given is None else given
+        rounded = level == 4 and config.target == "cpu"
+        words.append("int8 activations inside products" if rounded else "exact compute")
+    return ", ".join(words)
+
+
+@dataclass
+class CompileReport:
+    """The report of one compilation.
+
+    Attributes:
+        config: The choices.
+        model_name: File name of the model.
+        passes: What each pass cost and did.
+        calibration: The data that was measured on, or None.
+        bytes_before: Of the constants.
+        bytes_after: Of the constants.
+        verification: How close the result is; None where it was not verified.
+        seconds: Wall-clock time of everything.
+        peak_bytes: Peak anonymous resident memory.
+        file_bytes: Size of what was written.
+    """
+
+    config: CompileConfig
+    model_name: str
+    passes: Sequence[PassReport]
+    calibration: "CalibrationData | None"
+    bytes_before: int
+    bytes_after: int
+    verification: "Verification | None" = None
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    file_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.sites, self.notes = merge_records(record for done in self.passes for record in done.records)
+
+    @property
+    def quantized_sites(self) -> int:
+        """Number of sites that were quantized."""
+        return sum(row.action == "quantized" for row in self.sites)
+
+    def finish(self, seconds: float, peak_bytes: int, file_bytes: int) -> None:
+        """Put in what is known only at the end."""
+        self.seconds, self.peak_bytes, self.file_bytes = seconds, peak_bytes, file_bytes
+
+    def skip_reasons(self) -> list[tuple[str, int]]:
+        """Why sites were skipped and how many for each reason, the most frequent first."""
+        return Counter(row.reason for row in self.sites if row.action == "skipped").most_common()
+
+    def skip_summary(self) -> str:
+        """The same as one line."""
+        reasons = self.skip_reasons()
+        if not reasons:
+            return "no MatMul, Gemm, Conv or Gather reads a constant float weight"
+        listed = [f"{count} {'site' if count == 1 else 'sites'}: {reason}" for reason, count in reasons[:_SKIPS_LISTED]]
+        rest = len(reasons) - len(listed)
+        return "; ".join([*listed, f"{rest} further reasons"] if rest else listed)
+
+    def metadata(self) -> dict[str, str]:
+        """What the model's metadata_props say: everything that determines its bytes, and nothing else."""
+        recipe = {key: value for key, value in self.config.recipe().items() if key != "threads"}
+        found = {
+            "qcompiler.version": _own_version(),
+            "qcompiler.recipe": json.dumps(recipe, sort_keys=True, separators=(",", ":")),
+            "qcompiler.passes": ",".join(done.name for done in self.passes),
+            "qcompiler.seed": str(self.config.seed),
+        }
+        if self.calibration is not None:
+            found["qcompiler.calibration"] = self.calibration.description
+            found["qcompiler.calibration.sha256"] = self.calibration.digest
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values; `docs` of each key are the attributes of the classes they come from."""
+        data = self.calibration
+        return {
+            "schema": SCHEMA,
+            "model": self.model_name,
+            "bytes": {"before": self.bytes_before, "after": self.bytes_after, "files": self.file_bytes},
+            "recipe": self.config.recipe(),
+            "meaning": scheme_meaning(self.config),
+            "calibration": {"description": data.description, "sha256": data.digest} if data is not None else None,
+            "sites": [asdict(row) for row in self.sites],
+            "quantized": self.quantized_sites,
+            "skipped": dict(self.skip_reasons()),
+            "notes": self.notes,
+            "passes": [
+                {"name": p.name, "seconds": p.seconds, "peak_bytes": p.peak_bytes, "modified": p.modified}
+                for p in self.passes
+            ],
+            "verification": asdict(self.verification) if self.verification is not None else None,
+            "versions": _versions(),
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON; no infinity, no NaN: an exact result has an SQNR of 400 dB."""
+        return json.dumps(_finite(self.to_dict()), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+    def table(self, console: "Console", *, every_site: bool = False) -> None:
+        """Print the report.
+
+        Args:
+            console: Where to; its width is used.
+            every_site: One line for each site instead of a summary with the worst ones.
+        """
+        from qcompiler.report_table import print_report
+
+        print_report(self, console, every_site=every_site)
+
+
+def verification_table(verification: "Verification", console: "Console") -> None:
+    """Print how close two models are."""
+    from qcompiler.report_table import print_verification
+
+    print_verification(verification, console)
+
+
+def _own_version() -> str:
+    # The package, unlike what is installed under its name, is sure to be the code that runs.
+    return str(importlib.import_module("qcompiler").__version__)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what the result depends on; what is not installed is left out."""
+    found = {"qcompiler": _own_version(), "python": platform.python_version()}
+    found.update((name, _version(name)) for name in _DISTRIBUTIONS)
+    return {name: version for name, version in found.items() if version}
+
+
+def _finite(value: Any) -> Any:
+    """The same value without infinities; anything that is not a number is left as it is."""
+    if isinstance(value, float):
+        # NaN has no place in a report; where it got in, null says that there is no figure.
+        return (
+            None if value != value else max(-_EXACT_DB, min(_EXACT_DB, value)) if abs(value) == float("inf") else value
+        )
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

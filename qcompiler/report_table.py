@@ -1,0 +1,202 @@
+"""How a report looks on a terminal: a headline, tables that fit the width, and a line for every remark."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qcompiler.report import scheme_meaning
+
+if TYPE_CHECKING:
+    from qcompiler.report import CompileReport, SiteRow
+    from qcompiler.verify import Verification
+    from qcompiler.verify_outputs import Closeness
+
+__all__ = ["print_report", "print_verification"]
+
+_WORST = 5
+# Passes that took less than this are shown together.
+_BRIEF_SECONDS = 0.1
+
+
+def print_report(report: "CompileReport", console: Console, *, every_site: bool) -> None:
+    """Print everything but what was written where."""
+    before, after = report.bytes_before, report.bytes_after
+    head = Text(report.model_name, "bold")
+    head.append(f"  {_megabytes(before)} -> {_megabytes(after)}", "bold")
+    head.append(f" ({100 * after / before:.1f} % of the weights' size)" if before else "")
+    console.print(head)
+    _line(console, scheme_meaning(report.config))
+    if report.calibration is not None:
+        _line(console, f"data: {report.calibration.description}")
+    for note in report.notes:
+        _line(console, note)
+    quantized = [row for row in report.sites if row.action == "quantized"]
+    if every_site:
+        _print_sites(console, report.sites)
+    elif quantized:
+        _print_schemes(console, quantized)
+        _print_worst(console, quantized)
+    if not every_site:
+        _print_skipped(console, report)
+    if report.verification is not None:
+        console.print()
+        print_verification(report.verification, console)
+    console.print()
+    _line(console, f"{report.seconds:.1f} s ({_times(report)}), peak memory {_megabytes(report.peak_bytes)}")
+
+
+def _print_schemes(console: Console, rows: Sequence["SiteRow"]) -> None:
+    groups: dict[str, list[SiteRow]] = {}
+    for row in rows:
+        groups.setdefault(row.scheme, []).append(row)
+    table = _table("scheme", "sites", "bits/weight", "SQNR dB", "worst", "rel. loss", "worst")
+    for scheme, members in groups.items():
+        bits = [row.bits_per_weight for row in members if row.bits_per_weight is not None]
+        sqnr = [row.sqnr_db for row in members if row.sqnr_db is not None]
+        loss = [row.relative_loss for row in members if row.relative_loss is not None]
+        _row(
+            table, scheme, str(len(members)),
+            f"{statistics.fmean(bits):.2f}" if bits else "",
+            _decibel(statistics.median(sqnr) if sqnr else None), _decibel(min(sqnr, default=None)),
+            _percent(statistics.median(loss) if loss else None), _percent(max(loss, default=None)),
+        )  # fmt: skip
+    _show(console, table)
+
+
+def _print_worst(console: Console, rows: Sequence["SiteRow"]) -> None:
+    """The sites with the largest relative loss, or where none was measured the least SQNR."""
+    measured = [row for row in rows if row.relative_loss is not None]
+    if measured:
+        worst = sorted(measured, key=lambda row: -(row.relative_loss or 0.0))[:_WORST]
+    else:
+        worst = sorted((row for row in rows if row.sqnr_db is not None), key=lambda row: row.sqnr_db or 0.0)[:_WORST]
+    if len(worst) < 2 or len(worst) == len(rows):
+        return
+    table = _table("worst sites", "scheme", "SQNR dB", "rel. loss")
+    for row in worst:
+        _row(table, row.site, row.scheme, _decibel(row.sqnr_db), _percent(row.relative_loss))
+    _show(console, table)
+
+
+def _print_skipped(console: Console, report: "CompileReport") -> None:
+    reasons = report.skip_reasons()
+    if not reasons:
+        return
+    examples: dict[str, str] = {}
+    for row in report.sites:
+        if row.action == "skipped":
+            examples.setdefault(row.reason, row.site)
+    table = _table("left float", "count", "first")
+    table.columns[1].justify, table.columns[2].justify = "right", "left"
+    for reason, count in reasons:
+        _row(table, reason, str(count), examples[reason])
+    _show(console, table)
+
+
+def _print_sites(console: Console, rows: Iterable["SiteRow"]) -> None:
+    table = _table("site", "scheme", "bits/weight", "SQNR dB", "rel. loss", "remark")
+    table.columns[1].justify = table.columns[-1].justify = "left"
+    for row in rows:
+        bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}"
+        scheme = row.scheme or "float"
+        _row(table, row.site, scheme, bits, _decibel(row.sqnr_db), _percent(row.relative_loss), row.reason)
+    _show(console, table)
+
+
+def _times(report: "CompileReport") -> str:
+    """Seconds of each pass that took long, of verification, and of the rest."""
+    parts = [(done.name, done.seconds) for done in report.passes if done.seconds >= _BRIEF_SECONDS]
+    if report.verification is not None:
+        parts.append(("verification", report.verification.seconds))
+    rest = report.seconds - sum(seconds for _, seconds in parts)
+    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in [*parts, ("the rest", max(0.0, rest))])
+
+
+def print_verification(verification: "Verification", console: Console) -> None:
+    """Print how close two models are, what runs, and what to know about it."""
+    rows = f"{verification.rows} {'row' if verification.rows == 1 else 'rows'}"
+    what = f"{rows} of random inputs (real data may fare better or worse)" if verification.synthetic else rows
+    console.print(Text(f"compared with the float model on {what}", "bold"))
+    table = _table("output", "SQNR dB", "KL nats", "top-1", "largest error", "equal")
+    for found in verification.outputs:
+        _row(
+            table, found.name, _decibel(found.sqnr_db), _nats(found.kl), _percent(found.top1, 1),
+            "" if found.max_abs_error is None else f"{found.max_abs_error:.3g}", _percent(found.equal),
+        )  # fmt: skip
+    _show(console, table)
+    ways = [
+        (f"{_provider(run.provider)}, optimizations {'on' if run.optimized else 'off'}", run.close)
+        for run in verification.runs
+    ]
+    cost = verification.accuracy_level
+    if cost is not None:
+        nodes = f"{cost.nodes} {'node' if cost.nodes == 1 else 'nodes'}"
+        ways.append((f"float instead of int8 activations in {nodes}", cost.exact))
+    _print_ways(console, ways, verification.short_positions)
+    for provider, counts in verification.fused.items():
+        listed = ", ".join(f"{count} {op_type}" for op_type, count in counts.items())
+        _line(console, f"{_provider(provider)} runs {listed}")
+    for remark in verification.remarks:
+        console.print(Text(f"note: {remark}", "yellow"))
+
+
+def _print_ways(console: Console, ways: Sequence[tuple[str, "Closeness"]], positions: int) -> None:
+    title = f"ways to run it, {positions} positions" if positions else "ways to run it, one row"
+    table = _table(title, "SQNR dB", "KL nats", "top-1")
+    for name, close in ways:
+        _row(table, name, _decibel(close.sqnr_db), _nats(close.kl), _percent(close.top1, 1))
+    _show(console, table)
+    console.print()
+
+
+def _table(*columns: str) -> Table:
+    """A plain table: text in the first column, figures in the others."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: str) -> None:
+    """Add a row; nothing in it is markup."""
+    table.add_row(*(Text(cell) for cell in cells))
+
+
+def _show(console: Console, table: Table) -> None:
+    """Print an empty line and the table, without the columns in which nothing stands."""
+    table.columns = [
+        column for column in table.columns if any(str(cell) for cell in column.cells) or column is table.columns[0]
+    ]
+    console.print()
+    console.print(table)
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(Text(text))
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _decibel(figure: float | None) -> str:
+    if figure is None:
+        return ""
+    return "exact" if figure == float("inf") else f"{figure:.1f}"
+
+
+def _nats(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.4f}" if figure >= 1e-3 or figure == 0 else f"{figure:.1e}"
+
+
+def _percent(figure: float | None, digits: int = 2) -> str:
+    return "" if figure is None else f"{100 * figure:.{digits}f} %"
+
+
+def _provider(name: str) -> str:
+    return name.removesuffix("ExecutionProvider")

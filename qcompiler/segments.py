@@ -1,0 +1,364 @@
+"""Cutting the graph where weights are read, so that calibration streams through it once, whatever passes run.
+
+The *level* of a node is the number of sites on the longest path that leads to it, the node itself included. All sites
+of a level can be quantized at the same moment: what they read is computed by lower levels alone. So the model is run
+level by level: the activations that cross from lower levels are kept for all batches (the *boundary*), the sites of
+the next level are measured directly on them, quantized, and the nodes of that level are run with the quantized weights
+to give the next boundary.
+
+Every site therefore sees what the quantized prefix really produces ("true sequential" in GPTQ's terms), for one
+forward pass in all, and nothing is ever measured by running a node twice. Nodes are placed as late as their readers
+allow, so that side computations (cross-attention keys, masks) do not sit in the boundary for longer than they have to.
+"""
+
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from qcompiler.errors import CalibrationError, ModelError
+from qcompiler.graph import Site, constant_array, input_feature_axis
+from qcompiler.quantized import QuantizedTensor
+from qcompiler.records import SiteRecord
+from qcompiler.scratch import Scratch
+from qcompiler.session import Feeds, OrtRunner
+from qcompiler.statistics import Hessian, LayerFacts, feature_rows
+
+if TYPE_CHECKING:
+    from qcompiler.passes.base import PassContext, SegmentPass
+
+__all__ = ["Segment", "plan_segments", "run_segments", "segment_model"]
+
+# Constants at least this large are fed as inputs: neither copied into the sub-model nor packed by the session.
+_FED_BYTES = 1 << 14
+# Operators that take a weight as a run-time input as well as they take a constant.
+_FEEDABLE = {"MatMul", "Gemm", "Gather", "Transpose", "Conv", "Add", "Mul", "ConvTranspose"}
+
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+@dataclass
+class Segment:
+    """The nodes of one level.
+
+    Attributes:
+        sites: What is to be quantized before the nodes run.
+        nodes: In topological order.
+        inputs: Names of the values it reads from the boundary or the graph's inputs.
+        outputs: Names of what it computes that later levels read.
+        carried: Names of boundary values that later levels still read.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    nodes: list[ir.Node] = field(default_factory=list)
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    carried: list[str] = field(default_factory=list)
+
+
+def read_values(node: ir.Node) -> Iterator[ir.Value]:
+    """The values a node reads, those that its bodies read from outside included."""
+    for value in node.inputs:
+        if value is not None:
+            yield value
+    for attribute in node.attributes.values():
+        for body in _bodies(attribute):
+            inner: set[ir.Value] = {*body.inputs, *body.initializers.values()}
+            for child in body:
+                inner.update(child.outputs)
+            reads = [value for child in body for value in read_values(child)] + list(body.outputs)
+            yield from (value for value in reads if value not in inner)
+
+
+def _bodies(attribute: ir.Attr) -> Sequence[ir.Graph]:
+    """The graphs that an attribute holds."""
+    if attribute.type == ir.AttributeType.GRAPH:
+        return [attribute.as_graph()]
+    return attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else ()
+
+
+def _levels(model: ir.Model, sites: Sequence[Site]) -> dict[ir.Node, int]:
+    """The level of every node that a site depends on, as late as its readers allow, and of the sites themselves."""
+    nodes = list(model.graph)
+    readers: dict[ir.Value, list[ir.Node]] = {}
+    earliest: dict[ir.Node, int] = {}
+    site_nodes = {site.node for site in sites}
+    for node in nodes:
+        before = 0
+        for value in read_values(node):
+            readers.setdefault(value, []).append(node)
+            producer = value.producer()
+            before = max(before, earliest[producer] if producer is not None else 0)
+        earliest[node] = before + (node in site_nodes)
+    at_most = dict.fromkeys(site_nodes, max(earliest[node] for node in site_nodes))
+    while True:
+        latest = _latest(nodes, readers, at_most)
+        # Sites that read the same activation are quantized together, at the first level that suits one of them; what
+        # such a site waits for beside its activation (a bias that is computed) holds it back, or has to hurry.
+        shared: dict[ir.Value, int] = {}
+        for site in sites:
+            shared[site.input] = min(shared.get(site.input, latest[site.node]), latest[site.node])
+        together = {site.node: max(shared[site.input], earliest[site.node]) for site in sites}
+        if all(latest[node] == level for node, level in together.items()):
+            return latest
+        at_most = together
+
+
+def _latest(
+    nodes: Sequence[ir.Node], readers: dict[ir.Value, list[ir.Node]], at_most: dict[ir.Node, int]
+) -> dict[ir.Node, int]:
+    """The last level at which each node may run; `at_most` bounds the sites, what no site depends on is left out."""
+    latest: dict[ir.Node, int] = {}
+    for node in reversed(nodes):
+        users = (user for output in node.outputs for user in readers.get(output, ()) if user in latest)
+        bounds = [latest[user] - (user in at_most) for user in users]
+        if node in at_most:
+            bounds.append(at_most[node])
+        if bounds:
+            latest[node] = min(bounds)
+    return latest
+
+
+def plan_segments(model: ir.Model, sites: Sequence[Site]) -> list[Segment]:
+    """Cut the part of the model that `sites` depend on into levels; the first has no sites.
+
+    Args:
+        model: In topological order.
+        sites: Sites of the top graph.
+
+    Returns:
+        One segment a level.
+    """
+    levels = _levels(model, sites)
+    segments = [Segment() for _ in range(max(levels.values()) + 1)]
+    for site in sites:
+        segments[levels[site.node]].sites.append(site)
+    needed: dict[str, int] = {}  # last level that reads a value
+    made: dict[str, int] = {value.name or "": -1 for value in model.graph.inputs if value.const_value is None}
+    for node in model.graph:
+        if node not in levels:
+            continue
+        level = levels[node]
+        segments[level].nodes.append(node)
+        made.update((output.name or "", level) for output in node.outputs)
+        for value in read_values(node):
+            if value.const_value is None and value.name:
+                # A site's own activation has to be in the boundary before its level starts; it is, being made below it.
+                needed[value.name] = max(needed.get(value.name, -1), level)
+    for level, segment in enumerate(segments):
+        reads = {v.name: None for node in segment.nodes for v in read_values(node) if v.const_value is None}
+        segment.inputs = [name for name in reads if name and made[name] < level]
+        inner = {o.name: None for node in segment.nodes for o in node.outputs if o.name}
+        segment.outputs = [name for name in inner if name and needed.get(name, -1) > level]
+        segment.carried = [name for name, at in made.items() if at < level and needed.get(name, -1) > level]
+    return segments
+
+
+def segment_model(
+    model: ir.Model, segment: Segment, dtypes: dict[str, np.dtype[Any]]
+) -> tuple[bytes, dict[str, np.ndarray]]:
+    """A segment as a model of its own.
+
+    Args:
+        model: The model it is cut from.
+        segment: The segment.
+        dtypes: numpy dtype of each input.
+
+    Returns:
+        The serialized sub-model, and the large constants that it takes as inputs.
+    """
+    proto = onnx.ModelProto(ir_version=model.ir_version)
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    graph = proto.graph
+    graph.name = "segment"
+    fed: dict[str, np.ndarray] = {}
+    seen: set[str] = set()
+    for node in segment.nodes:
+        serialized = _serialized(node)
+        del serialized.metadata_props[:]
+        graph.node.append(serialized)
+        for value in read_values(node):
+            if value.const_value is None or not value.name or value.name in seen:
+                continue
+            seen.add(value.name)
+            if _is_fed(value):
+                fed[value.name] = _fed_array(value)
+                _add_input(graph, value.name, fed[value.name].dtype)
+            else:
+                graph.initializer.append(_small_tensor(value))
+    for name in segment.inputs:
+        _add_input(graph, name, dtypes[name])
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in segment.outputs)
+    return proto.SerializeToString(), fed
+
+
+def _serialized(node: ir.Node) -> onnx.NodeProto:
+    """The node as a message; its bodies hold the values of their initializers, wherever these are stored."""
+    inner = [child for attribute in node.attributes.values() for child in _bodies(attribute)]
+    graphs = [graph for body in inner for graph in (body, *body.subgraphs())]
+    stored = [
+        (value, value.const_value)
+        for graph in graphs
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    ]
+    try:
+        for value, _ in stored:
+            value.const_value = ir.Tensor(np.array(constant_array(value)), name=value.name)
+        return ir.serde.serialize_node(node)
+    finally:
+        for value, tensor in stored:
+            value.const_value = tensor
+
+
+def _is_fed(value: ir.Value) -> bool:
+    tensor = value.const_value
+    if isinstance(tensor, QuantizedTensor):
+        return True
+    return tensor is not None and tensor.nbytes >= _FED_BYTES and all(u.op_type in _FEEDABLE for u in value.consumers())
+
+
+def _fed_array(value: ir.Value) -> np.ndarray:
+    return value.const_value.numpy() if isinstance(value.const_value, QuantizedTensor) else constant_array(value)
+
+
+def _small_tensor(value: ir.Value) -> onnx.TensorProto:
+    tensor = value.const_value
+    assert tensor is not None
+    if isinstance(tensor, ir.StringTensor):
+        return ir.serde.serialize_tensor(tensor)
+    return onnx.TensorProto(
+        name=value.name, data_type=int(tensor.dtype), dims=tensor.shape.numpy(), raw_data=tensor.tobytes()
+    )
+
+
+def _add_input(graph: onnx.GraphProto, name: str, dtype: np.dtype[Any]) -> None:
+    kind = int(ir.DataType.from_numpy(dtype))
+    graph.input.add(name=name).type.tensor_type.elem_type = kind
+
+
+def run_segments(model: ir.Model, algorithm: "SegmentPass", context: "PassContext") -> list[SiteRecord]:
+    """Measure and quantize, level by level; returns the records in the order in which sites were quantized."""
+    from qcompiler.passes.base import assigned_sites
+
+    sites = assigned_sites(model)
+    records: list[SiteRecord] = []
+    measured = [site for site in sites if site.role != "embedding" and not site.nested]
+    # What has no activation to measure is quantized first, so that the measured sites see its error.
+    for site in sites:
+        if site not in measured:
+            why = (
+                "a lookup table has no activations" if site.role == "embedding" else f"inside the body of {site.nested}"
+            )
+            records += algorithm.quantize_sites([site], None, f"{why}, rounded to nearest")
+    measured = [site for site in measured if site.quantized is None]
+    if measured:
+        if context.calibration is None or not len(context.calibration.batches):
+            raise CalibrationError(f"{algorithm.name} needs calibration data; give --calibration PATH, or use rtn")
+        with Scratch(context.config.max_memory and context.config.max_memory // 4) as scratch:
+            records += _stream(model, algorithm, context, plan_segments(model, measured), scratch)
+    return records
+
+
+def _stream(
+    model: ir.Model, algorithm: "SegmentPass", context: "PassContext", segments: list[Segment], scratch: Scratch
+) -> list[SiteRecord]:
+    from qcompiler.calibration import row_mask
+
+    records: list[SiteRecord] = []
+    batches = context.calibration.batches
+    masks = [row_mask(feeds) for feeds in batches]
+    boundary: list[Feeds] = [dict(feeds) for feeds in batches]
+    with ThreadPoolExecutor(context.threads) as pool:
+        for index, segment in enumerate(segments):
+            context.tick(algorithm.name, index, len(segments))
+            # A session holds the weights that it was made with.
+            runner = None if context.config.sequential else _runner(model, segment, boundary[0], context)
+            # A convolution and a MatMul may read the same value, but not along the same axis.
+            readers: dict[tuple[ir.Value, int], list[Site]] = {}
+            for site in segment.sites:
+                readers.setdefault((site.input, input_feature_axis(site)), []).append(site)
+            facts = [_measure(group[0], boundary, masks, pool, context.threads) for group in readers.values()]
+            for known, reading in zip(facts, readers.values(), strict=True):
+                for group in algorithm.by_spec(reading):
+                    records += algorithm.quantize_sites(group, known)
+            if index + 1 < len(segments):
+                runner = runner or _runner(model, segment, boundary[0], context)
+                _advance(runner, segment, boundary, scratch, pool, context.threads)
+            del runner
+            gc.collect(0)
+    context.tick(algorithm.name, len(segments), len(segments))
+    return records
+
+
+def _measure(
+    site: Site, boundary: list[Feeds], masks: list[np.ndarray | None], pool: ThreadPoolExecutor, threads: int
+) -> LayerFacts:
+    """The facts about the activation that a site reads, summed over the batches in their order."""
+    name = site.input.name or ""
+    hessian = Hessian(site.columns)
+
+    def product(batch: int) -> tuple[np.ndarray, int]:
+        if name not in boundary[batch]:
+            raise ModelError(f"the activation '{name}' of '{site.name}' is not computed by the graph before it")
+        return hessian.product(feature_rows(boundary[batch][name], input_feature_axis(site), masks[batch]))
+
+    for part, tokens in in_flight(pool, product, range(len(boundary)), threads):
+        hessian.add(part, tokens)
+    return hessian.facts(site.name)
+
+
+def in_flight(
+    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterable[_In], limit: int
+) -> Iterator[_Out]:
+    """Map in threads, results in order, at most `limit` of them computed ahead of the reader."""
+    waiting: deque[Future[_Out]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= limit:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _runner(model: ir.Model, segment: Segment, feeds: Feeds, context: "PassContext") -> OrtRunner | None:
+    """A session that computes what later levels read, or None if that is nothing."""
+    if not segment.outputs:
+        return None
+    dtypes = {name: feeds[name].dtype for name in segment.inputs}
+    proto, constants = segment_model(model, segment, dtypes)
+    config = context.config
+    return OrtRunner(proto, provider=config.provider, threads=1, prepack=False, constants=constants)
+
+
+def _advance(
+    runner: OrtRunner | None,
+    segment: Segment,
+    boundary: list[Feeds],
+    scratch: Scratch,
+    pool: ThreadPoolExecutor,
+    threads: int,
+) -> None:
+    """Replace each batch's boundary by the next one, batch by batch, so that few batches are held twice."""
+
+    def run(batch: int) -> Feeds:
+        feeds = {name: boundary[batch][name] for name in segment.inputs}
+        return runner.run(feeds, segment.outputs) if runner is not None else {}
+
+    for batch, results in enumerate(in_flight(pool, run, range(len(boundary)), threads)):
+        feeds = boundary[batch]
+        following = {name: feeds[name] for name in segment.carried if name in feeds}
+        for name, array in feeds.items():
+            if name not in following:
+                scratch.drop(array)
+        following.update((name, scratch.keep(array)) for name, array in results.items())
+        boundary[batch] = following

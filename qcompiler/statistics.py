@@ -1,0 +1,72 @@
+"""Facts measured from activations, accumulated batch by batch into arrays of fixed size."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcompiler.errors import NumericsError
+
+__all__ = ["Hessian", "LayerFacts", "feature_rows"]
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What is known about the activation that a site reads.
+
+    Attributes:
+        hessian: float64 ``[K, K]``, the sum over tokens of x x^T.
+        tokens: Number of tokens in the sum.
+    """
+
+    hessian: np.ndarray
+    tokens: int
+
+
+def feature_rows(activation: np.ndarray, axis: int, mask: np.ndarray | None) -> np.ndarray:
+    """An activation as rows of features.
+
+    Args:
+        activation: Any rank; `axis` runs along K.
+        axis: The feature axis.
+        mask: bool ``[B, S]``, False where a token is padding; used where the activation is ``[B, S, K]``, or
+            ``[B * S, K]`` as some exporters have it.
+
+    Returns:
+        float32 ``[T, K]``.
+    """
+    if axis not in (-1, activation.ndim - 1):
+        activation = np.moveaxis(activation, axis, -1)
+    if mask is not None and activation.shape[:-1] in (mask.shape, (mask.size,)):
+        activation = activation[mask.reshape(activation.shape[:-1])]
+    return np.ascontiguousarray(activation.reshape(-1, activation.shape[-1]), np.float32)
+
+
+class Hessian:
+    """The sum of x x^T over tokens, ``X^T X`` for X ``[T, K]``: float32 within a batch, float64 across batches."""
+
+    def __init__(self, columns: int) -> None:
+        """Start with zeros ``[K, K]``."""
+        self.total = np.zeros((columns, columns), np.float64)
+        self.tokens = 0
+
+    def product(self, rows: np.ndarray) -> tuple[np.ndarray, int]:
+        """One batch's share, float32 ``[K, K]`` from tokens float32 ``[T, K]``, and T; safe to call from threads."""
+        if rows.shape[-1] != len(self.total):
+            raise NumericsError(
+                f"an activation has {rows.shape[-1]} features where the weight has K = {len(self.total)}"
+            )
+        return rows.T @ rows, len(rows)
+
+    def add(self, product: np.ndarray, tokens: int) -> None:
+        """Add a batch's share."""
+        self.total += product
+        self.tokens += tokens
+
+    def facts(self, site: str) -> LayerFacts:
+        """The result; raises NumericsError naming `site` if an activation was not finite."""
+        if not np.isfinite(self.total).all():
+            raise NumericsError(
+                f"the activation that '{site}' reads holds NaN or infinity on the calibration data; "
+                "check the data, or leave the site float with --ignore"
+            )
+        return LayerFacts(self.total, self.tokens)

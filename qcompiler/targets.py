@@ -1,0 +1,94 @@
+"""What each target's kernels can run; every decision that depends on a runtime is made here.
+
+The facts were measured on ONNX Runtime 1.31 (CPU) or read out of its CUDA build.
+"""
+
+from typing import TYPE_CHECKING
+
+from qcompiler.config import CompileConfig
+from qcompiler.numerics.affine import WeightSpec, storage_dtype
+from qcompiler.scheme import GROUP_SIZES, Scheme
+
+if TYPE_CHECKING:
+    from qcompiler.graph import Site
+
+__all__ = [
+    "MAX_IR_VERSION",
+    "MAX_OPSET",
+    "block_size",
+    "default_accuracy_level",
+    "fuses_bias",
+    "lowered_bytes",
+    "qdq_opset",
+    "qdq_width",
+    "site_refusal",
+]
+
+# ONNX Runtime 1.31 refuses anything newer.
+MAX_IR_VERSION = 13
+MAX_OPSET = 26
+
+
+def default_accuracy_level(bits: int) -> int:
+    """MatMulNBits' accuracy level where the user names none: exact compute at 4 bits.
+
+    At 2 and 8 bits the CPU has no exact kernel and would dequantize the weight on every run (50 times slower), so
+    level 4, int8 activations, is the default.
+    """
+    return 0 if bits == 4 else 4
+
+
+def block_size(spec: WeightSpec, columns: int) -> int:
+    """The block that MatMulNBits stores: the group, or for one group a row the block that wastes the least."""
+    if spec.group_size in GROUP_SIZES:
+        return spec.group_size
+    scale_bits = 32 if spec.scale_dtype == "float32" else 16
+
+    def cost(size: int) -> int:
+        blocks = -(-columns // size)
+        return blocks * (size * spec.bits + scale_bits)
+
+    return min((size for size in (32, 64, 128, 256)), key=lambda size: (cost(size), -size))
+
+
+def lowered_bytes(spec: WeightSpec, rows: int, columns: int) -> int:
+    """Bytes of an [N, K] weight's codes, scales and zero points as the block-quantized operators store them."""
+    size = block_size(spec, columns)
+    blocks = -(-columns // size)
+    zeros = 0 if spec.symmetric else -(-blocks * spec.bits // 8)
+    return rows * (blocks * (size * spec.bits // 8 + storage_dtype(spec.scale_dtype).itemsize) + zeros)
+
+
+def fuses_bias(target: str) -> bool:
+    """Whether the fast MatMulNBits kernels take a bias; CUDA's weight-only GEMM does not."""
+    return target != "cuda"
+
+
+def site_refusal(site: "Site", scheme: Scheme, config: CompileConfig) -> str:
+    """Why the target cannot run the site under the scheme; empty if it can."""
+    if site.role == "embedding" and config.output_format == "qdq" and scheme.bits != 8:
+        return f"no portable operator looks up {scheme.bits}-bit rows; use --embedding w8a16 or --embedding float"
+    if site.role == "embedding" and site.columns < (scheme.group_size or 16):
+        return f"rows of {site.columns} values are shorter than one group"
+    if config.output_format == "qdq" and site.node.op_type == "Conv":
+        return "a convolution behind DequantizeLinear runs slower than in float"
+    return ""
+
+
+def qdq_width(bits: int, rows: int) -> int:
+    """Width of the integer type that holds the codes of a linear weight of `rows` output channels (N) for QDQ.
+
+    ONNX Runtime 1.31 fuses a 2-bit weight whose N is no multiple of 4 into a wrong MatMulNBits; in a 4-bit type the
+    same codes come out right.
+    """
+    return 4 if bits == 2 and rows % 4 else bits
+
+
+def qdq_opset(spec: WeightSpec, rows: int, columns: int, *, lookup: bool) -> int:
+    """The lowest opset whose DequantizeLinear takes an [N, K] weight: its blocks, integer type and scale type."""
+    width = qdq_width(spec.bits, rows)
+    if width < 8:
+        return 25 if width == 2 else 21
+    if lookup or spec.groups(columns) > 1:
+        return 21
+    return 13 if spec.scale_dtype == "float32" else 19

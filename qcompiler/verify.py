@@ -1,0 +1,393 @@
+"""Run the compiled model and say how close it is to the float model, and what ONNX Runtime really runs.
+
+The float model is the reference. Where it is large its weights stay mapped (no prepacking, no constant folding): it
+then costs little more anonymous memory than its activations, whatever its size, so it is never cut into parts. Rows
+are compared one at a time and dropped. What is run:
+
+1. The compiled model on one short row, on every provider, with graph optimizations off and on; with them on, ONNX
+   Runtime records which operators it ran.
+2. Where MatMulNBits computes with int8 activations (accuracy level 4), the same on the same row with exact compute.
+3. All held-out rows, on the first provider, with optimizations on.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from qcompiler.calibration import row_mask
+from qcompiler.calibration_inputs import ModelInputs
+from qcompiler.errors import CalibrationError, KernelError
+from qcompiler.instruments import MemoryMeter, anonymous_bytes
+from qcompiler.session import Feeds, InputSpec, OrtRunner, cpu_threads
+from qcompiler.verify_audit import (
+    check_scales,
+    constant_bytes,
+    count_operators,
+    fusion_remarks,
+    with_exact_compute,
+)
+from qcompiler.verify_outputs import Closeness, Comparison, OutputMetrics, producers_of_logits
+from qcompiler.verify_session import OutputRunner
+
+__all__ = ["AccuracyLevelCost", "RunResult", "Verification", "shorten", "verify"]
+
+logger = logging.getLogger(__name__)
+
+_CPU = "CPUExecutionProvider"
+# Positions of the row that is run in every way there is.
+_SHORT = 64
+# A float model up to this size is optimized and prepacked: a copy of its weights for speed.
+_COPIED_BYTES = 128 << 20
+# What a session needs beside its weights, for a short row.
+_WORKING_BYTES = 128 << 20
+# What optimizations may cost before it is worth a remark.
+_TOLERATED_DB = 3.0
+# Above this SQNR a difference is that of two orders of summation.
+_EXACT_ENOUGH_DB = 60.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One way of running the compiled model on the short row, and how close that was."""
+
+    provider: str
+    optimized: bool
+    close: Closeness
+
+
+@dataclass(frozen=True)
+class AccuracyLevelCost:
+    """What int8 activations inside MatMulNBits cost, on the short row.
+
+    Attributes:
+        nodes: MatMulNBits at accuracy level 4.
+        written: The model as it is.
+        exact: The model with those nodes at level 0.
+    """
+
+    nodes: int
+    written: Closeness
+    exact: Closeness
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How close a compiled model is to the float model.
+
+    Attributes:
+        outputs: Figures of every output over all rows.
+        runs: Every provider, with optimizations off and on, on the short row.
+        sqnr_db: SQNR of the worst output in dB; infinite if nothing differs, None without a float output.
+        kl: KL divergence of the worst output, mean over positions, nats; None without logits.
+        top1: Top-1 agreement of the worst output; None without logits.
+        accuracy_level: None where no node is at level 4, or it was not measured.
+        fused: Provider -> operator -> number of nodes that ran, for operators that matter for speed.
+        rows: Held-out rows that were run.
+        short_positions: Positions of the short row; 0 if it is a row as it came.
+        remarks: What a user should know.
+        seconds: Wall-clock time.
+        peak_bytes: Peak anonymous memory of the process meanwhile.
+        synthetic: Whether the rows are made up.
+    """
+
+    outputs: tuple[OutputMetrics, ...]
+    runs: tuple[RunResult, ...]
+    sqnr_db: float | None
+    kl: float | None
+    top1: float | None
+    accuracy_level: AccuracyLevelCost | None
+    fused: dict[str, dict[str, int]]
+    rows: int
+    short_positions: int
+    remarks: tuple[str, ...]
+    seconds: float
+    peak_bytes: int
+    synthetic: bool
+
+    def floor_failures(self, min_sqnr_db: float | None, max_kl: float | None) -> list[str]:
+        """What misses the floors, in words; a floor on a figure that no output has is missed."""
+        failures = []
+        if min_sqnr_db is not None:
+            if self.sqnr_db is None:
+                failures.append("no output is a float, whose SQNR could be compared with --min-sqnr")
+            elif self.sqnr_db < min_sqnr_db:
+                worst = min((m for m in self.outputs if m.sqnr_db is not None), key=lambda m: m.sqnr_db or 0.0)
+                failures.append(f"SQNR of '{worst.name}' is {self.sqnr_db:.2f} dB, below {min_sqnr_db:g} dB")
+            for run in self.runs:
+                found = run.close.sqnr_db
+                if run.optimized and run is not self._first and found is not None and found < min_sqnr_db:
+                    failures.append(f"SQNR on {run.provider} is {found:.2f} dB, below {min_sqnr_db:g} dB")
+        if max_kl is not None:
+            if self.kl is None:
+                failures.append("no output looks like logits, whose KL divergence could be compared with --max-kl")
+            elif not self.kl <= max_kl:
+                failures.append(f"KL divergence is {self.kl:.4g} nats, above {max_kl:g} nats")
+        return failures
+
+    @property
+    def _first(self) -> RunResult | None:
+        return next((run for run in self.runs if run.optimized), None)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The compiled model and how it is run.
+
+    Attributes:
+        output: Its file.
+        model: The same, external data not loaded.
+        logits: Outputs that may be logits.
+        providers: Execution providers; the first one runs all rows.
+        threads: Threads; 0 takes all cores.
+        prepack: Whether sessions keep a packed copy of the weights.
+    """
+
+    output: Path
+    model: onnx.ModelProto
+    logits: frozenset[str]
+    providers: tuple[str, ...]
+    threads: int
+    prepack: bool = True
+
+    def comparison(self, provider: str, optimize: bool) -> Comparison:
+        """An empty comparison whose messages say how the model was run."""
+        how = f"on {provider} with optimizations {'on' if optimize else 'off'}"
+        return Comparison(f"{self.output.name} {how}", self.logits, cpu_threads(self.threads))
+
+    def runner(self, provider: str, optimize: bool, model: bytes | None = None) -> OutputRunner:
+        """A session on the file, or on a variant of it."""
+        source = self.output if model is None else model
+        return OutputRunner(
+            source, self.output.parent, provider=provider, threads=self.threads, optimize=optimize, prepack=self.prepack
+        )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The short row: its feeds, its outputs in the float model, its padding mask, and its positions (0: as it came)."""
+
+    feeds: Feeds
+    expected: Feeds
+    mask: np.ndarray | None
+    positions: int
+
+
+def verify(
+    source: Path | bytes,
+    output: Path,
+    held_out: Sequence[Feeds],
+    *,
+    providers: Sequence[str],
+    threads: int,
+    max_memory: int | None = None,
+    synthetic: bool = False,
+    accuracy_levels: bool = True,
+) -> Verification:
+    """Compare a compiled model with the float model it was made of.
+
+    Args:
+        source: The float model: a file, or bytes that hold all of its weights.
+        output: The compiled model's file.
+        held_out: Feeds of one row each; an item is read once.
+        providers: Execution providers to run on; the first one runs all rows.
+        threads: Threads; 0 takes all cores.
+        max_memory: Where loading the compiled model would take more bytes of anonymous memory than this, it is run
+            without prepacking on one short row only; None is unlimited.
+        synthetic: Whether the rows are made up, for the report.
+        accuracy_levels: Whether to measure what accuracy level 4 costs.
+
+    Returns:
+        Figures, in which nothing is NaN.
+
+    Raises:
+        PassError: A scale that is NaN, infinite or zero; an output that is missing or of another shape.
+        KernelError: A provider that cannot load or run the model; an output that is NaN or infinite.
+        CalibrationError: There is no row.
+    """
+    if not len(held_out):
+        raise CalibrationError("there is no held-out row to verify on; give more calibration data, or --no-verify")
+    started = time.perf_counter()
+    with MemoryMeter() as meter:
+        model = onnx.load(output, load_external_data=False)
+        check_scales(model, output.parent, output.name)
+        job = _Job(output, model, frozenset(producers_of_logits(model.graph)), tuple(providers), threads)
+        reference = _open_reference(source, threads, providers[0])
+        row = held_out[0]
+        sample = _short_row(reference, row)
+        if max_memory is not None and _needed(model, sample, row) > max_memory:
+            del reference
+            result = _run_little(replace(job, prepack=False), sample)
+        else:
+            result = _run_all(job, reference, sample, row, held_out, accuracy_levels)
+    return replace(result, seconds=time.perf_counter() - started, peak_bytes=meter.peak_bytes, synthetic=synthetic)
+
+
+def _needed(model: onnx.ModelProto, sample: _Sample, row: Feeds) -> int:
+    """Anonymous memory with the compiled model loaded, prepacked, and a row's outputs of both models at hand."""
+    longer = sum(array.size for array in row.values()) / max(1, sum(array.size for array in sample.feeds.values()))
+    outputs = sum(array.nbytes for array in sample.expected.values()) * longer
+    return anonymous_bytes() + constant_bytes(model) + int(2 * outputs) + _WORKING_BYTES
+
+
+def _run_all(
+    job: _Job, reference: OrtRunner, sample: _Sample, row: Feeds, held_out: Sequence[Feeds], levels: bool
+) -> Verification:
+    """Run everything that the module's docstring lists."""
+    found = _Findings()
+    first = job.providers[0]
+    for provider in job.providers:
+        found.runs.append(RunResult(provider, False, _close(job, provider, sample, optimize=False)))
+        if provider != first:
+            with job.runner(provider, True) as runner:
+                _audit(job, runner, provider, sample, found)
+    variant, nodes = with_exact_compute(job.model) if levels and first == _CPU else (b"", 0)
+    exact = _close(job, first, sample, model=variant) if nodes else Closeness()
+    total = job.comparison(first, True)
+    with job.runner(first, True) as runner:
+        outputs = _audit(job, runner, first, sample, found)
+        if not sample.positions:
+            total.add(sample.expected, outputs, sample.mask)
+        del outputs
+        sample.expected.clear()
+        for index in range(0 if sample.positions else 1, len(held_out)):
+            feeds = row if index == 0 else held_out[index]
+            total.add(reference.run(feeds), runner.run(feeds), row_mask(feeds))
+    if nodes:
+        found.cost = AccuracyLevelCost(nodes, found.runs[-1].close, exact)
+    return found.verification(job, total, len(held_out), sample.positions)
+
+
+def _run_little(job: _Job, sample: _Sample) -> Verification:
+    """Run the short row once on every provider."""
+    found = _Findings()
+    total = job.comparison(job.providers[0], True)
+    for provider in job.providers:
+        with job.runner(provider, True) as runner:
+            outputs = _audit(job, runner, provider, sample, found)
+            if provider == job.providers[0]:
+                total.add(sample.expected, outputs, sample.mask)
+            del outputs
+    size = f"{sample.positions} positions of one row" if sample.positions else "one row"
+    found.remarks.append(f"compared on {size} only, without prepacking, to stay within --max-memory")
+    return found.verification(job, total, 1, sample.positions)
+
+
+@dataclass
+class _Findings:
+    """What comes together while the model is run in several ways."""
+
+    runs: list[RunResult] = field(default_factory=list)
+    fused: dict[str, dict[str, int]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    cost: AccuracyLevelCost | None = None
+
+    def verification(self, job: _Job, total: Comparison, rows: int, positions: int) -> Verification:
+        """The result, but for time, memory and where the rows are from."""
+        runs = sorted(self.runs, key=lambda run: (job.providers.index(run.provider), run.optimized))
+        remarks = dict.fromkeys([*self.remarks, *_run_remarks(runs), *total.remarks()])
+        close, outputs = total.closeness(), total.outputs()
+        return Verification(
+            outputs, tuple(runs), close.sqnr_db, close.kl, close.top1, self.cost, self.fused, rows, positions,
+            tuple(remarks), seconds=0.0, peak_bytes=0, synthetic=False,
+        )  # fmt: skip
+
+
+def _open_reference(source: Path | bytes, threads: int, provider: str) -> OrtRunner:
+    """A session on the float model, on the CPU unless only `provider` can run it."""
+    if isinstance(source, bytes):
+        size = len(source)
+    else:
+        size = source.stat().st_size
+        if size <= _COPIED_BYTES:
+            size = constant_bytes(onnx.load(source, load_external_data=False))
+    small = size <= _COPIED_BYTES
+    try:
+        return OrtRunner(source, threads=threads, optimize=small, prepack=small)
+    except KernelError:
+        if provider == _CPU:
+            raise
+        logger.info("the CPU cannot run the float model; %s does", provider)
+        return OrtRunner(source, provider=provider, threads=threads)
+
+
+def shorten(feeds: Feeds, inputs: Sequence[InputSpec], length: int = _SHORT) -> Feeds | None:
+    """The first positions of a row of tokens.
+
+    Args:
+        feeds: One row.
+        inputs: The graph inputs.
+        length: Positions to keep.
+
+    Returns:
+        Feeds of `length` tokens each; None where the row is no longer than that, has padding or a cache in use, where
+        its length is fixed, or where it is not made of tokens.
+    """
+    model = ModelInputs(inputs)
+    if model.ids is None or model.ids.name not in feeds:
+        return None
+    shape = feeds[model.ids.name].shape
+    short: Feeds = {}
+    for name, array in feeds.items():
+        role = model.roles.get(name)
+        if role == "cache" and array.shape[2] == 0:
+            short[name] = array
+        elif role in ("ids", "mask", "positions", "types") and array.shape == shape:
+            if isinstance(model.specs[name].shape[1], int) or (role == "mask" and not array[:, :length].all()):
+                return None
+            short[name] = np.ascontiguousarray(array[:, :length])
+        else:
+            return None
+    return short if shape[1] > length else None
+
+
+def _short_row(reference: OrtRunner, row: Feeds) -> _Sample:
+    short = shorten(row, reference.inputs)
+    feeds = row if short is None else short
+    # Copies: the arrays of a run keep all memory of their session.
+    expected = {name: array.copy() for name, array in reference.run(feeds).items()}
+    return _Sample(feeds, expected, row_mask(feeds), 0 if short is None else _SHORT)
+
+
+def _close(
+    job: _Job, provider: str, sample: _Sample, *, optimize: bool = True, model: bytes | None = None
+) -> Closeness:
+    """How close the compiled model, or a variant of it, is on the short row."""
+    comparison = job.comparison(provider, optimize)
+    with job.runner(provider, optimize, model) as runner:
+        comparison.add(sample.expected, runner.run(sample.feeds), sample.mask)
+    return comparison.closeness()
+
+
+def _audit(job: _Job, runner: OutputRunner, provider: str, sample: _Sample, found: _Findings) -> Feeds:
+    """Run the short row with optimizations on and note how close it is and which operators ran; returns its outputs."""
+    comparison = job.comparison(provider, True)
+    outputs = runner.run(sample.feeds)
+    comparison.add(sample.expected, outputs, sample.mask)
+    found.runs.append(RunResult(provider, True, comparison.closeness()))
+    executed = runner.executed()
+    for name, counts in count_operators(executed).items():
+        found.fused.setdefault(name, {}).update(counts)
+    found.remarks += fusion_remarks(job.model, executed, provider)
+    return outputs
+
+
+def _run_remarks(runs: Sequence[RunResult]) -> list[str]:
+    """Where optimizations, or another provider, come out clearly worse."""
+    remarks = []
+    first = next(run for run in runs if run.optimized)
+    for run in runs:
+        for other in runs:
+            same = other.provider == run.provider and not other.optimized
+            if not run.optimized or not (same or (other is first and run is not first)):
+                continue
+            found, better = run.close.sqnr_db, other.close.sqnr_db
+            if found is None or better is None or found >= min(better, _EXACT_ENOUGH_DB) - _TOLERATED_DB:
+                continue
+            than = "without graph optimizations" if same else f"on {other.provider}"
+            remarks.append(f"on {run.provider} the SQNR is {found:.1f} dB, {than} {better:.1f} dB")
+    return remarks

@@ -1,0 +1,42 @@
+import importlib.util
+
+import pytest
+
+
+def _cuda_problem():
+    """Why CUDA cannot be used here, or an empty text."""
+    from onnx import TensorProto, helper
+
+    from qcompiler.errors import KernelError
+    from qcompiler.runtime import preload_cuda, require_onnxruntime
+
+    provider = "CUDAExecutionProvider"
+    try:
+        onnxruntime = require_onnxruntime()
+    except KernelError as error:
+        return str(error)
+    if provider not in onnxruntime.get_available_providers():
+        return "this ONNX Runtime has no CUDA provider"
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "probe", value[:1], value[1:])
+    model = helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    preload_cuda(provider)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider])
+    return "" if provider in session.get_providers() else "the CUDA provider does not start"
+
+
+def _real_problem():
+    missing = [name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(missing)} (the extra `real`)" if missing else ""
+
+
+def pytest_collection_modifyitems(items):
+    """Skip, with the reason, what this machine cannot run."""
+    for marker, find_problem in (("gpu", _cuda_problem), ("real", _real_problem)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        problem = find_problem() if marked else ""
+        if problem:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=problem))

@@ -1,0 +1,360 @@
+"""The shape of the code, checked: who may import whom, and what is done in one place only.
+
+A new module needs a place in LAYERS. If its imports do not fit there, the module is in the wrong place more often than
+the table is wrong.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Folder in the repository -> package it is installed as.
+PACKAGES = {"qcompiler": "qcompiler", "passes": "qcompiler.passes", "kernels/python": "qcompiler.kernels"}
+OTHER_FOLDERS = ("benchmarks", "examples", "tests", "tools")
+MAX_FILE, MAX_TEST_FILE, MAX_FUNCTION = 400, 700, 60  # lines; a test file mirrors one module and lists its cases
+
+# Layer: (its modules, the layers it may import). Modules of one layer may import one another only where "itself" is
+# listed. Modules are named without the leading "qcompiler."; * matches anything. Imports for type annotations alone
+# do not count.
+LAYERS: dict[str, tuple[str, str]] = {
+    "__main__": ("__main__", "cli"),
+    "cli": (
+        "cli cli_*",
+        "itself public driver planning pipeline report verify passes config targets scheme records numerics errors",
+    ),
+    "public": ("__init__", "driver config scheme"),
+    "driver": (
+        "driver",
+        "pipeline pass_manager instruments verify report files segments calibration session runtime scratch targets "
+        "graph config scheme records passes.base errors",
+    ),
+    "planning": (
+        "planning",
+        "pipeline passes instruments files graph targets config scheme records passes.base errors",
+    ),
+    "pipeline": ("pipeline", "passes passes.base config scheme errors"),
+    "pass_manager": ("pass_manager", "instruments passes.base config records errors"),
+    "instruments": ("instruments", "legality files passes.base graph config records errors"),
+    "legality": ("legality", "passes.base graph errors"),
+    "verify": (
+        "verify verify_*",
+        "itself files segments calibration session graph targets config records numerics errors",
+    ),
+    "report": ("report report_*", "itself config records numerics errors"),
+    "passes": ("passes", "passes.base errors"),
+    "passes.*": (
+        "passes.*",
+        "passes.base lowering torch_graph statistics segments graph targets config scheme records kernels.schemas "
+        "numerics errors",
+    ),
+    "passes.base": ("passes.base", "segments statistics graph config scheme records numerics errors"),
+    "tuning": ("tuning tuning.*", "itself torch_graph statistics graph scheme records numerics errors"),
+    "lowering": ("lowering", "graph targets scheme numerics errors"),
+    "torch_graph": ("torch_graph torch_graph.*", "itself graph numerics errors"),
+    "segments": (
+        "segments segments_*",
+        "itself statistics calibration session scratch graph config records numerics errors",
+    ),
+    "statistics": ("statistics", "calibration session scratch graph numerics errors"),
+    "calibration": ("calibration calibration_*", "itself session scratch graph numerics errors"),
+    "files": (
+        "files files.*",
+        "itself graph numerics errors",
+    ),
+    "session": ("session", "runtime kernels.library errors"),
+    "runtime": ("runtime", "errors"),
+    "scratch": ("scratch", "errors"),
+    "targets": ("targets", "graph config scheme numerics errors"),
+    "graph": ("graph sites quantized", "itself numerics errors"),
+    "config": ("config", "scheme numerics errors"),
+    "scheme": ("scheme", "numerics errors"),
+    "records": ("records", "numerics errors"),
+    "kernels.build": ("kernels.build", "kernels.library kernels.schemas errors"),
+    "kernels.library": ("kernels.library", "errors"),
+    "kernels.reference": ("kernels.reference", "kernels.schemas numerics errors"),
+    "kernels.schemas": ("kernels kernels.schemas", "errors"),
+    "numerics": ("numerics numerics.*", "itself errors"),
+    "errors": ("errors", ""),
+}
+HEAVY = {"onnxruntime", "tokenizers", "torch", "transformers"}
+FILE_MODULES = {"io", "os", "pathlib", "shutil", "subprocess", "tempfile"}
+FILE_CALLS = {
+    "open",
+    "read_bytes",
+    "read_text",
+    "write_bytes",
+    "write_text",
+    "load",
+    "save",
+    "memmap",
+    "fromfile",
+    "tofile",
+}
+ROUNDING = {"around", "clip", "fix", "packbits", "rint", "round", "trunc", "unpackbits"}
+EXITS = {"_exit", "abort", "exit", "quit"}
+Violations = Iterator[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module or name."""
+
+    line: int
+    module: str
+    in_function: bool
+    for_types: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Python file; `module` is its name without the leading "qcompiler.", empty outside the package."""
+
+    path: str
+    module: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text, self.path)
+
+    @cached_property
+    def imports(self) -> list[Import]:
+        return list(_imports(self.tree, in_function=False, for_types=False))
+
+    @property
+    def is_pass(self) -> bool:
+        return layer_of(self.module) == "passes.*"
+
+
+def _imports(node: ast.AST, *, in_function: bool, for_types: bool) -> Iterator[Import]:
+    if isinstance(node, ast.Import):
+        yield from (Import(node.lineno, name.name, in_function, for_types) for name in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        for name in node.names:
+            is_module = f"{node.module}.{name.name}" in MODULES
+            yield Import(
+                node.lineno, f"{node.module}.{name.name}" if is_module else node.module or ".", in_function, for_types
+            )
+    in_function |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    for_types |= isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+    for child in ast.iter_child_nodes(node):
+        yield from _imports(child, in_function=in_function, for_types=for_types)
+
+
+def _module_of(path: Path) -> str:
+    """The full name of the module that a file is installed as; empty outside the package."""
+    for folder, package in PACKAGES.items():
+        if (ROOT / folder) in path.parents:
+            parts = [package, *path.relative_to(ROOT / folder).with_suffix("").parts]
+            return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return ""
+
+
+def _short(module: str) -> str:
+    return "__init__" if module == "qcompiler" else module.removeprefix("qcompiler.")
+
+
+def layer_of(module: str) -> str | None:
+    """The layer of a module named without "qcompiler."; a name in the table beats a pattern."""
+    if not module:
+        return None
+    matches = [
+        ("*" in pattern, layer)
+        for layer, (patterns, _) in LAYERS.items()
+        for pattern in patterns.split()
+        if fnmatchcase(module, pattern)
+    ]
+    return min(matches)[1] if matches else None
+
+
+def _read(path: Path) -> Source:
+    return Source(path.relative_to(ROOT).as_posix(), _short(_module_of(path)), path.read_text("utf-8"))
+
+
+PACKAGE_FILES = sorted(path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py"))
+OTHER_FILES = sorted(path for folder in OTHER_FOLDERS for path in (ROOT / folder).rglob("*.py"))
+MODULES = {_module_of(path) for path in PACKAGE_FILES}
+SOURCES = [_read(path) for path in (*PACKAGE_FILES, *OTHER_FILES)]
+
+
+# The rules: each yields (line, what is wrong).
+
+
+def imports_point_downwards(source: Source) -> Violations:
+    if not source.module:
+        return
+    layer = layer_of(source.module)
+    if layer is None:
+        yield 1, f"module {source.module} has no layer; add it to LAYERS in tests/test_architecture.py"
+        return
+    allowed = LAYERS[layer][1].split()
+    for imported in source.imports:
+        if imported.for_types or imported.module.split(".")[0] != "qcompiler":
+            continue
+        target = layer_of(_short(imported.module))
+        same = target == layer and "itself" in allowed
+        if target not in allowed and not same and _short(imported.module) != source.module:
+            yield (
+                imported.line,
+                f"layer {layer} may not import {imported.module} (layer {target}), only {', '.join(allowed)}",
+            )
+
+
+def passes_stand_alone(source: Source) -> Violations:
+    if not source.is_pass:
+        return
+    for imported in source.imports:
+        if layer_of(_short(imported.module)) in ("passes", "passes.*") and imported.module.startswith("qcompiler."):
+            yield imported.line, f"a pass imports no other pass, but here is {imported.module}"
+        if imported.module.split(".")[0] in FILE_MODULES:
+            yield imported.line, f"a pass touches no file, but here is the module {imported.module}"
+    for call, name, owner in _calls(source):
+        if name in FILE_CALLS and (
+            owner is None or owner in ("np", "numpy", "onnx", "ir") or name.endswith(("text", "bytes"))
+        ):
+            yield call.lineno, f"a pass touches no file, but here is {name}()"
+
+
+def heavy_imports_are_local(source: Source) -> Violations:
+    if not source.module:
+        return
+    for imported in source.imports:
+        if imported.module.split(".")[0] in HEAVY and not imported.in_function and not imported.for_types:
+            yield imported.line, f"import {imported.module} inside the function that needs it"
+
+
+def onnxruntime_is_imported_in_one_place(source: Source) -> Violations:
+    if source.module in ("", "runtime"):
+        return
+    for imported in source.imports:
+        if imported.module.split(".")[0] == "onnxruntime" and not imported.for_types:
+            yield imported.line, "use runtime.require_onnxruntime(), which explains a broken installation"
+
+
+def only_the_command_line_prints_and_exits(source: Source) -> Violations:
+    if not source.module or layer_of(source.module) == "cli":
+        return
+    for call, name, owner in _calls(source):
+        if name in ("print", "input") and owner in (None, "builtins"):
+            yield call.lineno, f"only cli.py talks to the user, but here is {name}(); use logging"
+        if name in EXITS and owner in (None, "os", "sys"):
+            yield call.lineno, f"only cli.py ends the process, but here is {name}(); raise a QCompilerError"
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Raise) and node.exc is not None and "SystemExit" in ast.unparse(node.exc):
+            yield node.lineno, "only cli.py ends the process, but here is SystemExit; raise a QCompilerError"
+
+
+def rounding_is_in_numerics(source: Source) -> Violations:
+    if not source.module or layer_of(source.module) in ("numerics", "kernels.reference"):
+        return
+    for call, name, owner in _calls(source):
+        if name in ROUNDING and owner is not None and owner != "math":
+            yield (
+                call.lineno,
+                f"rounding, clipping and packing are qcompiler.numerics' affair, but here is {owner}.{name}()",
+            )
+
+
+def files_and_functions_are_short(source: Source) -> Violations:
+    lines = source.text.count("\n")
+    most = MAX_TEST_FILE if source.path.startswith("tests/") else MAX_FILE
+    if lines > most:
+        yield lines, f"{lines} lines; a file has {most} at most, split it by meaning"
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION:
+                yield node.lineno, f"{node.name}() has {length} lines; a function has {MAX_FUNCTION} at most"
+
+
+def nothing_is_left_to_do(source: Source) -> Violations:
+    for number, line in enumerate(source.text.splitlines(), 1):
+        if re.search(r"\b(TO" + r"DO|FIX" + r"ME|X" + r"XX)\b", line):
+            yield number, "do it now, or open an issue"
+
+
+def _calls(source: Source) -> Iterator[tuple[ast.Call, str, str | None]]:
+    """Every call with the name called and the text before its dot, None for a bare name."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name):
+                yield node, node.func.id, None
+            elif isinstance(node.func, ast.Attribute):
+                yield node, node.func.attr, ast.unparse(node.func.value)
+
+
+RULES = [
+    imports_point_downwards,
+    passes_stand_alone,
+    heavy_imports_are_local,
+    onnxruntime_is_imported_in_one_place,
+    only_the_command_line_prints_and_exits,
+    rounding_is_in_numerics,
+    files_and_functions_are_short,
+    nothing_is_left_to_do,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_holds(rule):
+    found = [f"{source.path}:{line}: {text}" for source in SOURCES for line, text in sorted(set(rule(source)))]
+    if found:
+        pytest.fail("\n".join([f"rule {rule.__name__} does not hold:", *found]), pytrace=False)
+
+
+def test_arrows_point_one_way():
+    unknown = {name for _, allowed in LAYERS.values() for name in allowed.split()} - {*LAYERS, "itself"}
+    assert not unknown
+    arrows = {layer: {name for name in allowed.split() if name != "itself"} for layer, (_, allowed) in LAYERS.items()}
+    tuple(TopologicalSorter(arrows).static_order())  # raises CycleError
+
+
+BAD = [
+    (imports_point_downwards, "graph", "import qcompiler.driver"),
+    (imports_point_downwards, "graph", "from qcompiler import passes"),
+    (imports_point_downwards, "numerics.affine", "def f():\n    from qcompiler.graph import Site"),
+    (imports_point_downwards, "in_no_layer", ""),
+    (passes_stand_alone, "passes.mine", "from qcompiler.passes.rtn import Rtn"),
+    (passes_stand_alone, "passes.mine", "from qcompiler.passes import load"),
+    (passes_stand_alone, "passes.mine", "from pathlib import Path"),
+    (passes_stand_alone, "passes.mine", "x = open('file')"),
+    (passes_stand_alone, "passes.mine", "x = np.load('file')"),
+    (passes_stand_alone, "passes.mine", "x = path.read_text()"),
+    (heavy_imports_are_local, "passes.mine", "import torch.nn"),
+    (onnxruntime_is_imported_in_one_place, "session", "def f():\n    import onnxruntime"),
+    (only_the_command_line_prints_and_exits, "driver", "print(1)"),
+    (only_the_command_line_prints_and_exits, "driver", "sys.exit(1)"),
+    (only_the_command_line_prints_and_exits, "driver", "raise SystemExit(1)"),
+    (rounding_is_in_numerics, "graph", "np.rint(x)"),
+    (rounding_is_in_numerics, "passes.mine", "codes.clip(0, 15)"),
+    (files_and_functions_are_short, "graph", "\n" * (MAX_FILE + 1)),
+    (files_and_functions_are_short, "graph", "def f():\n" + "    x = 1\n" * MAX_FUNCTION),
+    (nothing_is_left_to_do, "graph", "# TO" + "DO"),
+]
+GOOD = [
+    (imports_point_downwards, "passes.mine", "import qcompiler.graph\nfrom qcompiler.passes.base import QuantPass"),
+    (imports_point_downwards, "graph", "if TYPE_CHECKING:\n    from qcompiler.driver import compile_model"),
+    (passes_stand_alone, "passes.mine", "from qcompiler.passes.base import QuantPass\nx = table.load()"),
+    (heavy_imports_are_local, "passes.mine", "def f():\n    import torch"),
+    (only_the_command_line_prints_and_exits, "cli", "print(1)"),
+    (rounding_is_in_numerics, "numerics.affine", "np.rint(x)"),
+    (rounding_is_in_numerics, "report", "round(seconds, 1)"),
+]
+
+
+@pytest.mark.parametrize(("rule", "module", "text"), BAD)
+def test_rule_notices(rule, module, text):
+    assert list(rule(Source("somewhere.py", module, text)))
+
+
+@pytest.mark.parametrize(("rule", "module", "text"), GOOD)
+def test_rule_lets_pass(rule, module, text):
+    assert not list(rule(Source("somewhere.py", module, text)))
