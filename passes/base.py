@@ -12,14 +12,16 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
-from qcompiler.errors import NumericsError, SchemeError
+from qcompiler.errors import CalibrationError, NumericsError, SchemeError
 from qcompiler.graph import SCHEME_KEY, Site, constant_array, read_weight, write_weight
 from qcompiler.numerics.affine import Grid, WeightSpec
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.records import SiteRecord
 from qcompiler.scheme import Scheme
+from qcompiler.segments import plan_segments
 from qcompiler.sites import find_sites
 from qcompiler.statistics import LayerFacts
+from qcompiler.streaming import Streaming
 
 __all__ = [
     "NoOptions",
@@ -239,11 +241,38 @@ class SegmentPass(WeightQuantizer):
     needs_calibration = True
 
     def call(self, model: ir.Model) -> QuantPassResult:
-        """Run over all segments of the model."""
-        from qcompiler.segments import run_segments
+        """Quantize what has no activations to measure, then level by level what has.
 
-        records = run_segments(model, self, self.context)
+        The former comes first, so that the measured sites see its error.
+        """
+        records: list[SiteRecord] = []
+        for site in assigned_sites(model):
+            where = f"inside the body of {site.nested}" if site.nested else "a lookup table has no activations"
+            if site.nested or site.role == "embedding":
+                records += self.quantize_sites([site], None, f"{where}, rounded to nearest")
+        measured = assigned_sites(model)
+        if measured:
+            context = self.context
+            if context.calibration is None or not len(context.calibration.batches):
+                raise CalibrationError(f"{self.name} needs calibration data; give --calibration PATH, or use rtn")
+
+            def on_sites(sites: list[Site], facts: LayerFacts) -> None:
+                for group in self.by_spec(sites):
+                    records.extend(self.quantize_sites(group, facts))
+
+            self._streaming().run(model, plan_segments(model, measured), context.calibration.batches, on_sites)
         return QuantPassResult(model, bool(records), tuple(records))
+
+    def _streaming(self) -> Streaming:
+        config = self.context.config
+        return Streaming(
+            config.provider,
+            self.context.threads,
+            config.sequential,
+            # The rest is for Hessians, codes and what a batch needs while it runs.
+            config.max_memory // 4 if config.max_memory else None,
+            lambda done, total: self.context.tick(self.name, done, total),
+        )
 
     def by_spec(self, sites: Iterable[Site]) -> list[list[Site]]:
         """Group sites by their spec, in order."""

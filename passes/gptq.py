@@ -3,7 +3,7 @@
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv:2210.17323, in the inverse-free form of LDLQ (Chee et al. 2023, arXiv:2307.13304), which gives the same codes:
 
-    minimize  tr((W - Q) H (W - Q)^T),   H = sum over tokens of x x^T + lambda I,   H = A A^T with A upper triangular
+    minimize  tr((W - Q) H (W - Q)^T),   H = sum over tokens of x x^T + damping,   H = A A^T with A upper triangular
     v_k = w_k + sum_{j<k} (w_j - q_j) A_jk / A_kk,   q_k = round_to_grid(v_k)
     loss = sum_k A_kk^2 |v_k - q_k|^2   (exact)
 
@@ -42,7 +42,7 @@ _MAX_DAMPING = 1.0
 class Options:
     """Options of `gptq`."""
 
-    percdamp: float = field(default=0.01, metadata={"help": "damping, as a fraction of the mean of diag(H)"})
+    percdamp: float = field(default=0.03, metadata={"help": "damping, as a fraction of diag(H)"})
     act_order: bool = field(default=True, metadata={"help": "visit columns in the order of falling diag(H)"})
     clip: bool = field(default=True, metadata={"help": "search clipped grids, errors weighted by diag(H)"})
     refine: int = field(default=0, metadata={"help": "rounds of scale refit and coordinate descent after the sweep"})
@@ -59,16 +59,25 @@ class Options:
 
 
 def damped(hessian: np.ndarray, percdamp: float) -> np.ndarray:
-    """H + lambda I with lambda = percdamp * mean of the diagonal where columns fire; float64 ``[K, K]``.
+    """H with ``percdamp * (H_jj + mean(diag H) / 10)`` added to its diagonal.
 
-    Without damping, columns that never fire get a diagonal of that mean (or 1): they are coupled to nothing, so any
-    positive number serves.
+    The paper adds a fraction of the mean alone. Where a few channels are a thousand times louder than the rest, which
+    is the rule in transformers, that drowns the quiet channels' correlations; a fraction of each channel's own energy
+    does not depend on how channels are scaled. The mean keeps channels that hardly ever fire from having their way.
+
+    Args:
+        hessian: ``[K, K]``.
+        percdamp: Fraction.
+
+    Returns:
+        float64 ``[K, K]``.
     """
     result = hessian.astype(np.float64)
     diagonal = np.einsum("kk->k", result)
     dead = diagonal <= 0
     mean = 1.0 if dead.all() else float(diagonal[~dead].mean())
-    diagonal += percdamp * mean
+    diagonal += percdamp * (diagonal + mean / 10)
+    # Columns that never fire are coupled to nothing, so any positive number serves; a large one would fill the loss.
     diagonal[diagonal <= 0] = mean
     return result
 

@@ -216,8 +216,10 @@ def _config(options: dict[str, Any]) -> Any:
         only=tuple(Pattern(text) for text in options["only"]),
     )
     providers = options["providers"] or ("CPUExecutionProvider",)
-    same = ("calibration", "tokenizer", "samples", "force", "target", "output_format", "accuracy_level", "opset", "sequential",
-            "threads", "seed", "verify", "max_kl", "require_quantized", "dump_dir")  # fmt: skip
+    same = (
+        "calibration tokenizer samples force target output_format accuracy_level opset sequential threads seed verify "
+        "max_kl require_quantized dump_dir"
+    ).split()
     return CompileConfig(
         plan=plan,
         algorithms=(options["algorithm"],) if options["algorithm"] else (),

@@ -11,38 +11,23 @@ forward pass in all, and nothing is ever measured by running a node twice. Nodes
 allow, so that side computations (cross-attention keys, masks) do not sit in the boundary for longer than they have to.
 """
 
-import gc
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qcompiler.errors import CalibrationError, ModelError
-from qcompiler.graph import Site, constant_array, input_feature_axis
+from qcompiler.graph import Site, constant_array
 from qcompiler.quantized import QuantizedTensor
-from qcompiler.records import SiteRecord
-from qcompiler.scratch import Scratch
-from qcompiler.session import Feeds, OrtRunner
-from qcompiler.statistics import Hessian, LayerFacts, feature_rows
 
-if TYPE_CHECKING:
-    from qcompiler.passes.base import PassContext, SegmentPass
-
-__all__ = ["Segment", "plan_segments", "run_segments", "segment_model"]
+__all__ = ["Segment", "plan_segments", "segment_model"]
 
 # Constants at least this large are fed as inputs: neither copied into the sub-model nor packed by the session.
 _FED_BYTES = 1 << 14
 # Operators that take a weight as a run-time input as well as they take a constant.
 _FEEDABLE = {"MatMul", "Gemm", "Gather", "Transpose", "Conv", "Add", "Mul", "ConvTranspose"}
-
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass
@@ -244,121 +229,3 @@ def _small_tensor(value: ir.Value) -> onnx.TensorProto:
 def _add_input(graph: onnx.GraphProto, name: str, dtype: np.dtype[Any]) -> None:
     kind = int(ir.DataType.from_numpy(dtype))
     graph.input.add(name=name).type.tensor_type.elem_type = kind
-
-
-def run_segments(model: ir.Model, algorithm: "SegmentPass", context: "PassContext") -> list[SiteRecord]:
-    """Measure and quantize, level by level; returns the records in the order in which sites were quantized."""
-    from qcompiler.passes.base import assigned_sites
-
-    sites = assigned_sites(model)
-    records: list[SiteRecord] = []
-    measured = [site for site in sites if site.role != "embedding" and not site.nested]
-    # What has no activation to measure is quantized first, so that the measured sites see its error.
-    for site in sites:
-        if site not in measured:
-            why = (
-                "a lookup table has no activations" if site.role == "embedding" else f"inside the body of {site.nested}"
-            )
-            records += algorithm.quantize_sites([site], None, f"{why}, rounded to nearest")
-    measured = [site for site in measured if site.quantized is None]
-    if measured:
-        if context.calibration is None or not len(context.calibration.batches):
-            raise CalibrationError(f"{algorithm.name} needs calibration data; give --calibration PATH, or use rtn")
-        with Scratch(context.config.max_memory and context.config.max_memory // 4) as scratch:
-            records += _stream(model, algorithm, context, plan_segments(model, measured), scratch)
-    return records
-
-
-def _stream(
-    model: ir.Model, algorithm: "SegmentPass", context: "PassContext", segments: list[Segment], scratch: Scratch
-) -> list[SiteRecord]:
-    from qcompiler.calibration import row_mask
-
-    records: list[SiteRecord] = []
-    batches = context.calibration.batches
-    masks = [row_mask(feeds) for feeds in batches]
-    boundary: list[Feeds] = [dict(feeds) for feeds in batches]
-    with ThreadPoolExecutor(context.threads) as pool:
-        for index, segment in enumerate(segments):
-            context.tick(algorithm.name, index, len(segments))
-            # A session holds the weights that it was made with.
-            runner = None if context.config.sequential else _runner(model, segment, boundary[0], context)
-            # A convolution and a MatMul may read the same value, but not along the same axis.
-            readers: dict[tuple[ir.Value, int], list[Site]] = {}
-            for site in segment.sites:
-                readers.setdefault((site.input, input_feature_axis(site)), []).append(site)
-            facts = [_measure(group[0], boundary, masks, pool, context.threads) for group in readers.values()]
-            for known, reading in zip(facts, readers.values(), strict=True):
-                for group in algorithm.by_spec(reading):
-                    records += algorithm.quantize_sites(group, known)
-            if index + 1 < len(segments):
-                runner = runner or _runner(model, segment, boundary[0], context)
-                _advance(runner, segment, boundary, scratch, pool, context.threads)
-            del runner
-            gc.collect(0)
-    context.tick(algorithm.name, len(segments), len(segments))
-    return records
-
-
-def _measure(
-    site: Site, boundary: list[Feeds], masks: list[np.ndarray | None], pool: ThreadPoolExecutor, threads: int
-) -> LayerFacts:
-    """The facts about the activation that a site reads, summed over the batches in their order."""
-    name = site.input.name or ""
-    hessian = Hessian(site.columns)
-
-    def product(batch: int) -> tuple[np.ndarray, int]:
-        if name not in boundary[batch]:
-            raise ModelError(f"the activation '{name}' of '{site.name}' is not computed by the graph before it")
-        return hessian.product(feature_rows(boundary[batch][name], input_feature_axis(site), masks[batch]))
-
-    for part, tokens in in_flight(pool, product, range(len(boundary)), threads):
-        hessian.add(part, tokens)
-    return hessian.facts(site.name)
-
-
-def in_flight(
-    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterable[_In], limit: int
-) -> Iterator[_Out]:
-    """Map in threads, results in order, at most `limit` of them computed ahead of the reader."""
-    waiting: deque[Future[_Out]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= limit:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _runner(model: ir.Model, segment: Segment, feeds: Feeds, context: "PassContext") -> OrtRunner | None:
-    """A session that computes what later levels read, or None if that is nothing."""
-    if not segment.outputs:
-        return None
-    dtypes = {name: feeds[name].dtype for name in segment.inputs}
-    proto, constants = segment_model(model, segment, dtypes)
-    config = context.config
-    return OrtRunner(proto, provider=config.provider, threads=1, prepack=False, constants=constants)
-
-
-def _advance(
-    runner: OrtRunner | None,
-    segment: Segment,
-    boundary: list[Feeds],
-    scratch: Scratch,
-    pool: ThreadPoolExecutor,
-    threads: int,
-) -> None:
-    """Replace each batch's boundary by the next one, batch by batch, so that few batches are held twice."""
-
-    def run(batch: int) -> Feeds:
-        feeds = {name: boundary[batch][name] for name in segment.inputs}
-        return runner.run(feeds, segment.outputs) if runner is not None else {}
-
-    for batch, results in enumerate(in_flight(pool, run, range(len(boundary)), threads)):
-        feeds = boundary[batch]
-        following = {name: feeds[name] for name in segment.carried if name in feeds}
-        for name, array in feeds.items():
-            if name not in following:
-                scratch.drop(array)
-        following.update((name, scratch.keep(array)) for name, array in results.items())
-        boundary[batch] = following

@@ -138,7 +138,7 @@ class OrtRunner:
 
 
 def _usable(array: np.ndarray) -> np.ndarray:
-    """The array itself, or a copy where ONNX Runtime could not read it in place; mapped files may be aligned to a byte."""
+    """The array, or a copy where ONNX Runtime could not read it in place: mapped data may begin at any byte."""
     return np.require(array, requirements=("C_CONTIGUOUS", "ALIGNED"))
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "block_size",
     "default_accuracy_level",
     "fuses_bias",
+    "lacks_kernel",
     "lowered_bytes",
     "qdq_opset",
     "qdq_width",
@@ -27,6 +28,14 @@ __all__ = [
 # ONNX Runtime 1.31 refuses anything newer.
 MAX_IR_VERSION = 13
 MAX_OPSET = 26
+# Operators whose definitions of this opset and later have no kernel in ONNX Runtime 1.31.
+_KERNELS_END = dict.fromkeys(
+    (
+        "GlobalLpPool", "MaxRoiPool", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform",
+        "RandomUniformLike", "RoiAlign",
+    ),
+    22,
+)  # fmt: skip
 
 
 def default_accuracy_level(bits: int) -> int:
@@ -92,3 +101,8 @@ def qdq_opset(spec: WeightSpec, rows: int, columns: int, *, lookup: bool) -> int
     if lookup or spec.groups(columns) > 1:
         return 21
     return 13 if spec.scale_dtype == "float32" else 19
+
+
+def lacks_kernel(op_type: str, opset: int) -> bool:
+    """Whether ONNX Runtime cannot run a standard operator as `opset` defines it, though it runs earlier versions."""
+    return opset >= _KERNELS_END.get(op_type, MAX_OPSET + 1)

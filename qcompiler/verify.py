@@ -141,7 +141,7 @@ class _Job:
     Attributes:
         output: Its file.
         model: The same, external data not loaded.
-        logits: Outputs that may be logits.
+        producers: Outputs that may be logits, and what computes them.
         providers: Execution providers; the first one runs all rows.
         threads: Threads; 0 takes all cores.
         prepack: Whether sessions keep a packed copy of the weights.
@@ -149,7 +149,7 @@ class _Job:
 
     output: Path
     model: onnx.ModelProto
-    logits: frozenset[str]
+    producers: dict[str, str]
     providers: tuple[str, ...]
     threads: int
     prepack: bool = True
@@ -157,7 +157,7 @@ class _Job:
     def comparison(self, provider: str, optimize: bool) -> Comparison:
         """An empty comparison whose messages say how the model was run."""
         how = f"on {provider} with optimizations {'on' if optimize else 'off'}"
-        return Comparison(f"{self.output.name} {how}", self.logits, cpu_threads(self.threads))
+        return Comparison(f"{self.output.name} {how}", self.producers, cpu_threads(self.threads))
 
     def runner(self, provider: str, optimize: bool, model: bytes | None = None) -> OutputRunner:
         """A session on the file, or on a variant of it."""
@@ -207,7 +207,7 @@ def verify(
     Raises:
         PassError: A scale that is NaN, infinite or zero; an output that is missing or of another shape.
         KernelError: A provider that cannot load or run the model; an output that is NaN or infinite.
-        CalibrationError: There is no row.
+        CalibrationError: There is no row, or the float model cannot run it.
     """
     if not len(held_out):
         raise CalibrationError("there is no held-out row to verify on; give more calibration data, or --no-verify")
@@ -215,7 +215,7 @@ def verify(
     with MemoryMeter() as meter:
         model = onnx.load(output, load_external_data=False)
         check_scales(model, output.parent, output.name)
-        job = _Job(output, model, frozenset(producers_of_logits(model.graph)), tuple(providers), threads)
+        job = _Job(output, model, producers_of_logits(model.graph), tuple(providers), threads)
         reference = _open_reference(source, threads, providers[0])
         row = held_out[0]
         sample = _short_row(reference, row)
@@ -349,7 +349,13 @@ def _short_row(reference: OrtRunner, row: Feeds) -> _Sample:
     short = shorten(row, reference.inputs)
     feeds = row if short is None else short
     # Copies: the arrays of a run keep all memory of their session.
-    expected = {name: array.copy() for name, array in reference.run(feeds).items()}
+    try:
+        expected = {name: array.copy() for name, array in reference.run(feeds).items()}
+    except KernelError as error:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+        raise CalibrationError(
+            f"the float model cannot be run on {shapes}: {error}; give data that fits it (--calibration), or --no-verify"
+        ) from error
     return _Sample(feeds, expected, row_mask(feeds), 0 if short is None else _SHORT)
 
 

@@ -186,8 +186,8 @@ def fusion_remarks(model: onnx.ModelProto, executed: Sequence[Executed], provide
     ]
     if slow and provider == _CPU:
         remarks.append(
-            f"{len(slow)} MatMulNBits of 2 or 8 bits are dequantized on every run, since only accuracy level 4 has a "
-            f"kernel for them: {_listed(slow)}"
+            f"{len(slow)} MatMulNBits of 2 or 8 bits dequantize their weight on every run, for lack of a kernel at any "
+            f"accuracy level but 4: {_listed(slow)}"
         )
     if provider != _CPU:
         stray = Counter(node.op_type for node in executed if node.provider == _CPU and _matters(node.op_type))
@@ -214,10 +214,10 @@ def _unfused(model: onnx.ModelProto, executed: Sequence[Executed], nodes: Mappin
                 found.setdefault(reader.name or reader.op_type, reader.op_type)
     if not found:
         return []
-    kinds = ", ".join(sorted(set(found.values())))
+    kinds = ", ".join(f"{count} {op_type}" for op_type, count in sorted(Counter(found.values()).items()))
     return [
-        f"{len(found)} nodes ({kinds}) read weights that DequantizeLinear dequantizes on every run, since ONNX Runtime "
-        f"did not fuse it: {_listed(list(found))}; --format matmulnbits is faster"
+        f"a DequantizeLinear that ONNX Runtime did not fuse dequantizes the weight of {kinds} on every run: "
+        f"{_listed(list(found))}; --format matmulnbits is faster"
     ]
 
 

@@ -1,14 +1,15 @@
 """What is measured at each output of a model: figures that fit what the output is.
 
-- *logits*: floats ``[..., V]`` of rank 2 or 3 that are named so, or end in a matrix product, a bias or a softmax over
-  at least 100 classes: KL divergence, top-1 agreement and SQNR.
+- *logits*: floats ``[..., V]`` of rank 2 or 3 that are named so, or end in a matrix product or a bias, over at least 100
+  classes: KL divergence, top-1 agreement and SQNR.
+- *probabilities*: the same that end in a softmax over V, of any number of classes.
 - *cache*: the ``present`` keys and values of a decoder, all of them together: the worst SQNR.
 - *values*: other floats: SQNR and the largest absolute error.
 - *exact*: anything else: the fraction that is equal.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,8 +21,11 @@ from qcompiler.numerics.metrics import ErrorSums, error_sums, logits_divergence
 __all__ = ["Closeness", "Comparison", "OutputMetrics", "producers_of_logits"]
 
 _FEWEST_CLASSES = 100
-_LOGITS, _CACHE, _VALUES, _EXACT = "logits", "cache", "values", "exact"
+# How far the sum of float16 probabilities may be from 1.
+_ROUNDING = 0.01
+_LOGITS, _PROBABILITIES, _CACHE, _VALUES, _EXACT = "logits", "probabilities", "cache", "values", "exact"
 _LINEAR = {"MatMul", "Gemm", "MatMulNBits", "MatMulInteger", "QLinearMatMul", "Softmax", "LogSoftmax"}
+_CLASSES = (_LOGITS, _PROBABILITIES)
 _TRANSPARENT = {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "Slice", "Squeeze", "Unsqueeze"}
 
 
@@ -46,12 +50,12 @@ class OutputMetrics:
 
     Attributes:
         name: Its name.
-        kind: ``logits``, ``cache``, ``values`` or ``exact``.
-        positions: Compared positions (logits) or elements.
+        kind: ``logits``, ``probabilities``, ``cache``, ``values`` or ``exact``.
+        positions: Compared positions (logits, probabilities) or elements.
         sqnr_db: For floats.
-        kl: For logits: mean, nats.
-        kl_worst: For logits: the largest of a position, nats.
-        top1: For logits.
+        kl: For logits and probabilities: mean, nats.
+        kl_worst: For those: the largest of a position, nats.
+        top1: For those.
         max_abs_error: For floats.
         equal: For everything but floats: fraction of equal elements.
     """
@@ -86,25 +90,25 @@ class _Sums:
             equal = self.equal / self.elements if self.elements else 1.0
             return OutputMetrics(name, _EXACT, self.elements, equal=equal)
         sqnr, largest = self.errors.sqnr_db, self.errors.largest
-        if self.kind != _LOGITS or not self.positions:
+        if self.kind not in _CLASSES or not self.positions:
             return OutputMetrics(name, self.kind, self.elements, sqnr, max_abs_error=largest)
         kl, top1 = self.kl / self.positions, self.same / self.positions
-        return OutputMetrics(name, _LOGITS, self.positions, sqnr, kl, self.kl_worst, top1, largest)
+        return OutputMetrics(name, self.kind, self.positions, sqnr, kl, self.kl_worst, top1, largest)
 
 
 class Comparison:
     """Adds up the differences between two models, row by row; nothing of a row is kept."""
 
-    def __init__(self, where: str, logits: Iterable[str] = (), threads: int = 1) -> None:
+    def __init__(self, where: str, producers: Mapping[str, str], threads: int = 1) -> None:
         """Start with nothing.
 
         Args:
             where: What messages begin with: which model was run how.
-            logits: Outputs that, by the graph, may be logits.
+            producers: See `producers_of_logits`.
             threads: Threads to compare with; the result does not depend on it.
         """
         self._where = where
-        self._logits = set(logits)
+        self._producers = producers
         self._threads = threads
         self._sums: dict[str, _Sums] = {}
 
@@ -129,14 +133,15 @@ class Comparison:
             if found.shape != expected.shape:
                 shapes = f"{list(found.shape)}, but the float model's is {list(expected.shape)}"
                 raise PassError(f"{self._where}: the shape of output '{name}' is {shapes}")
-            sums = self._sums.setdefault(name, _Sums(_kind(name, expected, name in self._logits)))
+            sums = self._sums.setdefault(name, _Sums(_kind(name, expected, self._producers.get(name, ""))))
             self._add_one(name, sums, expected, found, mask)
 
     def _add_one(
         self, name: str, sums: _Sums, expected: np.ndarray, found: np.ndarray, mask: np.ndarray | None
     ) -> None:
-        leading, rows = max(0, expected.ndim - 1) if sums.kind == _LOGITS else 0, None
-        if mask is not None and expected.ndim - (sums.kind == _LOGITS) >= 2 and expected.shape[:2] == mask.shape:
+        classes = sums.kind in _CLASSES
+        leading, rows = expected.ndim - 1 if classes else 0, None
+        if mask is not None and expected.ndim - classes >= 2 and expected.shape[:2] == mask.shape:
             leading, rows = 2, np.flatnonzero(mask)
         width = math.prod(expected.shape[leading:])
         count = math.prod(expected.shape[:leading])
@@ -153,8 +158,9 @@ class Comparison:
                 "model's are finite; leave sites float with --ignore, or take more bits"
             )
         sums.errors += errors
-        if sums.kind == _LOGITS:
-            kl, same = logits_divergence(expected, found, rows, self._threads)
+        if classes:
+            shares = sums.kind == _PROBABILITIES
+            kl, same = logits_divergence(expected, found, rows, self._threads, probabilities=shares)
             defined = np.isfinite(kl)
             kl = kl[defined]
             sums.positions += len(kl)
@@ -192,33 +198,37 @@ class Comparison:
         ]
 
 
-def _kind(name: str, array: np.ndarray, may_be_logits: bool) -> str:
+def _kind(name: str, array: np.ndarray, producer: str) -> str:
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         return _EXACT
     if name.lower().startswith("present"):
         return _CACHE
     if array.ndim not in (2, 3) or array.shape[-1] < 2:
         return _VALUES
-    named = "logits" in name.lower()
-    return _LOGITS if named or (may_be_logits and array.shape[-1] >= _FEWEST_CLASSES) else _VALUES
+    if producer == "Softmax":
+        totals = array.sum(-1, dtype=np.float32)
+        return _PROBABILITIES if bool((np.abs(totals - 1) < _ROUNDING).all()) else _VALUES
+    many = producer != "" and array.shape[-1] >= _FEWEST_CLASSES
+    return _LOGITS if many or "logits" in name.lower() else _VALUES
 
 
-def producers_of_logits(graph: onnx.GraphProto) -> set[str]:
-    """Graph outputs that a matrix product, a bias or a softmax computes, as a classifier's last layer does.
+def producers_of_logits(graph: onnx.GraphProto) -> dict[str, str]:
+    """Graph outputs that end as a classifier's last layer does, with the operator that computes them.
 
-    Hidden states and embeddings end in normalizations and sums instead, or say so in their name.
+    That is a matrix product or a softmax, then a bias or nothing. Hidden states and embeddings end in normalizations and
+    sums instead, or say so in their name.
     """
     made_by = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name for tensor in graph.initializer}
     constants.update(output for node in graph.node if node.op_type == "Constant" for output in node.output)
-    found = set()
+    found = {}
     for output in graph.output:
         node = made_by.get(output.name)
         while node is not None:
             varying = [name for name in node.input if name and name not in constants]
             if node.op_type in _LINEAR:
                 if not any(word in output.name.lower() for word in ("embed", "hidden", "feature", "pool")):
-                    found.add(output.name)
+                    found[output.name] = node.op_type
                 break
             if node.op_type not in _TRANSPARENT and not (node.op_type == "Add" and len(varying) == 1):
                 break

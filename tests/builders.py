@@ -24,7 +24,7 @@ def normal(shape, seed, dtype="float32", scale=1.0):
 
 
 def parse(text, weights=None, *, opset=21, ir_version=10, functions=()):
-    """A model from the text of its graph, for example ``g (float[B,8] x) => (float[B,4] y) { [name] y = MatMul(x, w) }``.
+    """A model from the text of its graph, for example ``g (float[B,8] x) => (float[B,4] y) { [fc] y = MatMul(x, w) }``.
 
     `weights` are the initializers; a name with a dot ("then.w") belongs to the body whose graph is called "then".
     """
@@ -62,6 +62,82 @@ def linear_model(K=64, N=24, *, dtype="float32", op="MatMul", seed=0, bias=False
     return parse(f"{head} {{ {body} }}", weights, **options)
 
 
+def _layer(i):
+    """Text of a decoder layer that reads and writes the residual stream: attention, then a gated MLP."""
+    return f"""
+        n{i} = LayerNormalization <axis = -1> (h{i}, gain, shift)
+        [l{i}_q] q{i} = MatMul(n{i}, wq{i})
+        [l{i}_k] k{i} = MatMul(n{i}, wk{i})
+        [l{i}_v] v{i} = MatMul(n{i}, wv{i})
+        kt{i} = Transpose <perm = [0, 2, 1]> (k{i})
+        scores{i} = MatMul(q{i}, kt{i})
+        scaled{i} = Mul(scores{i}, root)
+        masked{i} = Add(scaled{i}, hidden)
+        p{i} = Softmax <axis = -1> (masked{i})
+        a{i} = MatMul(p{i}, v{i})
+        [l{i}_o] o{i} = MatMul(a{i}, wo{i})
+        m{i} = Add(h{i}, o{i})
+        nm{i} = LayerNormalization <axis = -1> (m{i}, gain, shift)
+        [l{i}_gate] g{i} = MatMul(nm{i}, wg{i})
+        [l{i}_up] u{i} = MatMul(nm{i}, wu{i})
+        s{i} = Sigmoid(g{i})
+        gs{i} = Mul(g{i}, s{i})
+        t{i} = Mul(gs{i}, u{i})
+        [l{i}_down] d{i} = MatMul(t{i}, wd{i})
+        h{i + 1} = Add(m{i}, d{i})"""
+
+
+# Sites of `decoder` in the groups in which they can be quantized.
+def decoder_groups(layers=2):
+    groups = []
+    for i in range(layers):
+        for names in ("q k v", "o", "gate up", "down"):
+            groups.append([f"l{i}_{name}" for name in names.split()])
+    return [*groups, ["head"]]
+
+
+def decoder(layers=2, hidden=32, inner=48, vocabulary=512, seed=0):
+    """A decoder on token ids [B, S] with an attention mask [B, S]; 512 x 32 is the smallest table that is a site."""
+    text = f"""g (int64[B,S] input_ids, int64[B,S] attention_mask) => (float[B,S,{vocabulary}] logits) {{
+        [embed] h0 = Gather(table, input_ids)
+        seen = Cast <to = 1> (attention_mask)
+        seen1 = Unsqueeze(seen, axis1)
+        unseen = Sub(seen1, one)
+        hidden = Mul(unseen, large)
+        {"".join(_layer(i) for i in range(layers))}
+        [head] logits = MatMul(h{layers}, wh)
+    }}"""
+    weights = {
+        "table": normal((vocabulary, hidden), seed),
+        "wh": normal((hidden, vocabulary), seed + 1, scale=hidden**-0.5),
+        "axis1": np.array([1], np.int64),
+        "one": np.array(1, np.float32),
+        "large": np.array(1e4, np.float32),
+        "root": np.array(hidden**-0.5, np.float32),
+        "gain": 1 + normal(hidden, seed + 2, scale=0.3),
+        "shift": normal(hidden, seed + 3, scale=0.1),
+    }
+    for i in range(layers):
+        for j, name in enumerate(("wq", "wk", "wv", "wo", "wg", "wu")):
+            shape = (hidden, inner if name in ("wg", "wu") else hidden)
+            weights[f"{name}{i}"] = normal(shape, seed + 10 * i + j + 4, scale=hidden**-0.5)
+        weights[f"wd{i}"] = normal((inner, hidden), seed + 10 * i + 14, scale=inner**-0.5)
+    return parse(text, weights)
+
+
+def token_batches(count=3, rows=2, length=7, vocabulary=512, seed=0, padded=True):
+    """Feeds for `decoder`; each row ends in padding, up to three tokens of it."""
+    generator = np.random.default_rng(seed)
+    batches = []
+    for _ in range(count):
+        mask = np.ones((rows, length), np.int64)
+        if padded:
+            for row, pad in enumerate(generator.integers(0, 4, rows)):
+                mask[row, length - pad :] = 0
+        batches.append({"input_ids": generator.integers(0, vocabulary, (rows, length)), "attention_mask": mask})
+    return batches
+
+
 def serialized(model):
     return ir.serde.serialize_model(model).SerializeToString()
 
@@ -97,6 +173,14 @@ def value_names(model):
         found += {value.name for value in (*graph.inputs, *graph.initializers.values())}
         found += [output.name for node in graph for output in node.outputs if output.name]
     return found
+
+
+def with_outputs(model, names):
+    """Bytes of the model with more outputs, whose types ONNX Runtime finds out."""
+    proto = ir.serde.serialize_model(model)
+    present = {output.name for output in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    return proto.SerializeToString()
 
 
 def context(config=None, batches=None, threads=1, **options):

@@ -104,6 +104,25 @@ def test_wheel_metadata(wheel):
         assert {re.match(r"[\w.-]+", entry)[0] for entry in required if f'extra == "{extra}"' in entry} == runtimes
 
 
+def test_dependencies_are_what_is_imported():
+    """Every library that is imported is declared, and the core declares no library that is not imported."""
+    distributions = {"google": "protobuf", "onnx_ir": "onnx-ir"}
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    core = set(re.findall(r'"([\w-]+)>=', re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)[1]))
+    extras = set(re.findall(r'^(?:cpu|gpu|text|report|torch) = \["([\w-]+)', text, re.MULTILINE))
+    imported = set()
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) else []
+                imported |= {name.split(".")[0] for name in names}
+    libraries = imported - set(sys.stdlib_module_names) - {"qcompiler"}
+    declared = {distributions.get(name, name) for name in libraries}
+    assert declared <= core | extras
+    assert core <= declared
+
+
 def test_installed_wheel_is_used_from_another_folder(installed, tmp_path):
     code = """
 import importlib.util, qcompiler, qcompiler.kernels

@@ -2,10 +2,10 @@
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
-from stored_models import make_model
 
 from qcompiler.numerics.affine import Grid, WeightSpec, min_max_grid, quantize
 from qcompiler.numerics.packing import pack_codes, pack_matmul_nbits
+from tests.stored_models import make_model
 
 VOCABULARY, WIDTH, HIDDEN = 128, 64, 96
 SHAPE = ["batch", "sequence"]
@@ -83,7 +83,9 @@ def dequantizing_model(*, shared=False):
         grid = Grid(np.abs(arrays[name]).max(0) / np.float32(127), np.zeros(1, np.float32))
         codes = np.rint(arrays[name] / grid.scale).astype(np.int8)
         constants += [numpy_helper.from_array(codes, f"{name}_q"), numpy_helper.from_array(grid.scale, f"{name}_s")]
-        nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", f"{name}_s"], [name], name=f"dq_{name}", axis=1))
+        nodes.append(
+            helper.make_node("DequantizeLinear", [f"{name}_q", f"{name}_s"], [name], name=f"dq_{name}", axis=1)
+        )
     up = helper.make_node("MatMul", ["embedded", "up"], ["hidden"], name="up")
     head = helper.make_node("MatMul", ["active", "head"], ["logits"], name="head")
     nodes = [*nodes, *_body(up, head)]

@@ -83,11 +83,6 @@ class Grid:
     scale: np.ndarray
     zero_point: np.ndarray
 
-    def columns(self, group_size: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-        """Spread scale and zero point over columns: float32 ``[N, K]`` each."""
-        index = np.arange(columns) // group_size
-        return self.scale[:, index], self.zero_point[:, index]
-
 
 def storage_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype called `name`, bfloat16 included."""
@@ -180,7 +175,8 @@ def clip_grid(
 
     Minimizes ``sum_k importance_k (w_k - q_k)^2`` over the fraction p of the range that is kept: a coarse search over
     p = 1, 0.95, ... `lowest`, then a fine one (step 0.01) around the best. p = 1 is among the candidates, so the result
-    is never worse than min-max. With importance = diag(H) this is the "importance matrix" of llama.cpp and llm-compressor.
+    is never worse than min-max. With importance = diag(H) this is the "importance matrix" of llama.cpp and
+    llm-compressor.
 
     Args:
         weight: float32 ``[N, K]``.
@@ -240,8 +236,9 @@ def _rounding_loss(
     np.minimum(error, (spec.format.qmax - zero)[..., None], out=error)
     error *= scale[..., None]
     error -= groups
-    np.square(error, out=error)
-    return np.einsum("ngk,gk->ng", error, heed)
+    with np.errstate(over="ignore", invalid="ignore"):  # an error beyond 1e19 is infinitely bad
+        np.square(error, out=error)
+        return np.einsum("ngk,gk->ng", error, heed)
 
 
 def round_to_grid(values: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: WeightSpec) -> np.ndarray:

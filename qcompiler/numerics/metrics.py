@@ -126,7 +126,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def logits_divergence(
-    reference: np.ndarray, logits: np.ndarray, rows: np.ndarray | None = None, threads: int = 1
+    reference: np.ndarray,
+    logits: np.ndarray,
+    rows: np.ndarray | None = None,
+    threads: int = 1,
+    *,
+    probabilities: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """KL(reference || other) in nats of each position, and whether both have their largest value at the same place.
 
@@ -138,6 +143,7 @@ def logits_divergence(
         logits: The same shape.
         rows: int ``[R]``, the positions to compare; None takes all P.
         threads: Threads to use; the result does not depend on it.
+        probabilities: Whether the arrays hold probabilities instead of logits.
 
     Returns:
         float64 ``[R]`` and bool ``[R]``.
@@ -145,10 +151,22 @@ def logits_divergence(
     index = np.arange(len(reference)) if rows is None else rows
     step = max(1, _CHUNK // max(1, reference.shape[-1]))
     parts = [index[at : at + step] for at in range(0, len(index), step)]
-    found = _map(lambda part: _chunk_divergence(reference[part], logits[part]), parts, threads)
+
+    def chunk(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pair = reference[part], logits[part]
+        return (
+            _chunk_divergence(_logarithm(pair[0]), _logarithm(pair[1])) if probabilities else _chunk_divergence(*pair)
+        )
+
+    found = _map(chunk, parts, threads)
     if not found:
         return np.zeros(0), np.zeros(0, bool)
     return np.concatenate([kl for kl, _ in found]), np.concatenate([same for _, same in found])
+
+
+def _logarithm(probabilities: np.ndarray) -> np.ndarray:
+    """Natural logarithm float64; what underflowed to zero counts as the smallest float32."""
+    return np.asarray(np.log(np.maximum(probabilities, np.finfo(np.float32).tiny, dtype=np.float64)))
 
 
 def _chunk_divergence(reference: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

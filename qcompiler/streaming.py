@@ -1,0 +1,143 @@
+"""Streaming calibration data through the levels of a model: measure, let the caller quantize, advance.
+
+Batches are the unit of work: each is run and multiplied by one thread, single-threaded inside, and sums are taken in
+batch order, so the result does not depend on the number of threads.
+"""
+
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.calibration import row_mask
+from qcompiler.errors import ModelError
+from qcompiler.graph import Site, input_feature_axis
+from qcompiler.scratch import Scratch
+from qcompiler.segments import Segment, segment_model
+from qcompiler.session import Feeds, OrtRunner
+from qcompiler.statistics import Hessian, LayerFacts, feature_rows
+
+__all__ = ["Streaming", "in_flight"]
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+OnSites = Callable[[list[Site], LayerFacts], None]
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How to stream.
+
+    Attributes:
+        provider: Execution provider that runs the float parts.
+        threads: Batches in flight.
+        sequential: Advance with the weights that the caller has just quantized, or with the float ones.
+        max_memory: Bytes of activations past which batches wait on disk; None is unlimited.
+        tick: Called with (levels done, levels).
+    """
+
+    provider: str
+    threads: int
+    sequential: bool
+    max_memory: int | None
+    tick: Callable[[int, int], None]
+
+    def run(self, model: ir.Model, segments: Sequence[Segment], batches: Sequence[Feeds], on_sites: OnSites) -> None:
+        """Go through the levels.
+
+        Args:
+            model: The model that was cut; `on_sites` may change its weights.
+            segments: From `plan_segments`.
+            batches: Feeds of the whole model.
+            on_sites: Called with the sites of a level that read the same activation, and the facts about it.
+        """
+        masks = [row_mask(feeds) for feeds in batches]
+        boundary: list[Feeds] = [dict(feeds) for feeds in batches]
+        with ThreadPoolExecutor(self.threads) as pool, Scratch(self.max_memory) as scratch:
+            for index, segment in enumerate(segments):
+                self.tick(index, len(segments))
+                # A session holds the weights that it was made with.
+                runner = None if self.sequential else self._runner(model, segment, boundary[0])
+                for reading in _readers(segment):
+                    on_sites(reading, _measure(reading[0], boundary, masks, pool, self.threads))
+                if index + 1 < len(segments):
+                    runner = runner or self._runner(model, segment, boundary[0])
+                    _advance(runner, segment, boundary, scratch, pool, self.threads)
+                del runner
+                gc.collect(0)
+        self.tick(len(segments), len(segments))
+
+    def _runner(self, model: ir.Model, segment: Segment, feeds: Feeds) -> OrtRunner | None:
+        """A session that computes what later levels read, or None if that is nothing."""
+        if not segment.outputs:
+            return None
+        dtypes = {name: feeds[name].dtype for name in segment.inputs}
+        proto, constants = segment_model(model, segment, dtypes)
+        return OrtRunner(proto, provider=self.provider, threads=1, prepack=False, constants=constants)
+
+
+def _readers(segment: Segment) -> list[list[Site]]:
+    """The segment's sites grouped by the activation they read and the axis they read it along, in order."""
+    readers: dict[tuple[ir.Value, int], list[Site]] = {}
+    for site in segment.sites:
+        readers.setdefault((site.input, input_feature_axis(site)), []).append(site)
+    return list(readers.values())
+
+
+def _measure(
+    site: Site, boundary: list[Feeds], masks: list[np.ndarray | None], pool: ThreadPoolExecutor, threads: int
+) -> LayerFacts:
+    """The facts about the activation that a site reads, summed over the batches in their order."""
+    name = site.input.name or ""
+    hessian = Hessian(site.columns)
+
+    def product(batch: int) -> tuple[np.ndarray, int]:
+        if name not in boundary[batch]:
+            raise ModelError(f"the activation '{name}' of '{site.name}' is not computed by the graph before it")
+        return hessian.product(feature_rows(boundary[batch][name], input_feature_axis(site), masks[batch]))
+
+    for part, tokens in in_flight(pool, product, range(len(boundary)), threads):
+        hessian.add(part, tokens)
+    return hessian.facts(site.name)
+
+
+def in_flight(
+    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterable[_In], limit: int
+) -> Iterator[_Out]:
+    """Map in threads, results in order, at most `limit` of them computed ahead of the reader."""
+    waiting: deque[Future[_Out]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= limit:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _advance(
+    runner: OrtRunner | None,
+    segment: Segment,
+    boundary: list[Feeds],
+    scratch: Scratch,
+    pool: ThreadPoolExecutor,
+    threads: int,
+) -> None:
+    """Replace each batch's boundary by the next one, batch by batch, so that few batches are held twice."""
+
+    def run(batch: int) -> Feeds:
+        feeds = {name: boundary[batch][name] for name in segment.inputs}
+        return runner.run(feeds, segment.outputs) if runner is not None else {}
+
+    for batch, results in enumerate(in_flight(pool, run, range(len(boundary)), threads)):
+        feeds = boundary[batch]
+        following = {name: feeds[name] for name in segment.carried if name in feeds}
+        for name, array in feeds.items():
+            if name not in following:
+                scratch.drop(array)
+        following.update((name, scratch.keep(array)) for name, array in results.items())
+        boundary[batch] = following
