@@ -26,4 +26,4 @@ def load(name: str) -> "type[QuantPass]":
         raise SchemeError(f"no pass is called '{name}'; known passes: {', '.join(names())}")
     module = importlib.import_module(f"{__name__}.{name}")
     (found,) = (cls for cls in vars(module).values() if isinstance(cls, type) and getattr(cls, "name", None) == name)
-    return found  # type: ignore[no-any-return]
+    return found

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
 from qcompiler.errors import CalibrationError, NumericsError, SchemeError
-from qcompiler.graph import SCHEME_KEY, Site, constant_array, read_weight, write_weight
+from qcompiler.graph import SCHEME_KEY, Site, read_weight, write_weight
 from qcompiler.numerics.affine import Grid, WeightSpec
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.records import SiteRecord
@@ -136,7 +136,7 @@ def parse_options(name: str, options: type, given: dict[str, str]) -> Any:
     for key, text in given.items():
         if key not in known:
             raise SchemeError(f"pass {name} has no option '{key}'; it has: {', '.join(known) or 'none'}")
-        kind = type(known[key].default)
+        kind: Any = type(known[key].default)
         try:
             values[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
@@ -280,8 +280,3 @@ class SegmentPass(WeightQuantizer):
         for site in sites:
             groups.setdefault(site_spec(site, self.context.config), []).append(site)
         return list(groups.values())
-
-
-def bytes_of(value: ir.Value) -> int:
-    """Bytes of a constant as stored."""
-    return int(constant_array(value).nbytes)

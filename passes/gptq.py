@@ -42,7 +42,7 @@ _MAX_DAMPING = 1.0
 class Options:
     """Options of `gptq`."""
 
-    percdamp: float = field(default=0.03, metadata={"help": "damping, as a fraction of diag(H)"})
+    percdamp: float = field(default=0.05, metadata={"help": "damping, as a fraction of diag(H)"})
     act_order: bool = field(default=True, metadata={"help": "visit columns in the order of falling diag(H)"})
     clip: bool = field(default=True, metadata={"help": "search clipped grids, errors weighted by diag(H)"})
     refine: int = field(default=0, metadata={"help": "rounds of scale refit and coordinate descent after the sweep"})

@@ -216,10 +216,7 @@ def _config(options: dict[str, Any]) -> Any:
         only=tuple(Pattern(text) for text in options["only"]),
     )
     providers = options["providers"] or ("CPUExecutionProvider",)
-    same = (
-        "calibration tokenizer samples force target output_format accuracy_level opset sequential threads seed verify "
-        "max_kl require_quantized dump_dir"
-    ).split()
+    known = set(CompileConfig.__dataclass_fields__)
     return CompileConfig(
         plan=plan,
         algorithms=(options["algorithm"],) if options["algorithm"] else (),
@@ -227,7 +224,7 @@ def _config(options: dict[str, Any]) -> Any:
         verify_providers=tuple(providers),
         max_memory=_bytes(options["max_memory"]),
         min_sqnr_db=options["min_sqnr"],
-        **{name: options[name] for name in same},
+        **{name: value for name, value in options.items() if name in known and name != "max_memory"},
     )
 
 

@@ -31,6 +31,7 @@ __all__ = ["CompileResult", "compile_model"]
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class CompileResult:
     """A compiled model.
@@ -97,11 +98,13 @@ def compile_model(
         else:
             _nothing_quantized(report, config)
         with OutputTransaction(place.folder, force=config.force, protect=saver.input_files(model)) as transaction:
-            place.write(model, transaction)
+            if report.quantized_sites:
+                place.write(model, transaction)
+            else:
+                place.copy(source, transaction)
             sizes = saver.file_bytes(transaction.seal())
             if config.verify and report.quantized_sites:
-                message = isinstance(source, onnx.ModelProto)
-                reference = source.SerializeToString() if message else resolve_model_path(source)
+                reference = _reference(source)
                 report.verification = verify_output(reference, model, transaction.staged(place.model), config, data)
             report.finish(time.perf_counter() - started, meter.peak_bytes, sizes)
             transaction.create(place.report).write(report.to_json().encode())
@@ -114,6 +117,11 @@ def compile_model(
 def _source_name(source: str | Path | onnx.ModelProto) -> str:
     """What messages and the report call the input."""
     return source.graph.name or "model" if isinstance(source, onnx.ModelProto) else Path(source).name
+
+
+def _reference(source: str | Path | onnx.ModelProto) -> bytes | Path:
+    """The float model as `verify` takes it."""
+    return source.SerializeToString() if isinstance(source, onnx.ModelProto) else resolve_model_path(source)
 
 
 @dataclass(frozen=True)
@@ -152,10 +160,26 @@ class _Place:
 
     def write(self, model: ir.Model, transaction: OutputTransaction) -> None:
         """Write the model and what goes along with it."""
+        self._write_companions(model, transaction)
+        saver.write_model(model, self.model, transaction)
+
+    def copy(self, source: str | Path | onnx.ModelProto, transaction: OutputTransaction) -> None:
+        """Write the input as it came: byte for byte if it is one file."""
+        model = load_model(source)
+        self._write_companions(model, transaction)
+        files = source_of(model)
+        if files.path is not None and not files.data_files:
+            with files.path.open("rb") as file:
+                output = transaction.create(self.model)
+                while chunk := file.read(1 << 24):
+                    output.write(chunk)
+        else:
+            saver.write_model(model, self.model, transaction)
+
+    def _write_companions(self, model: ir.Model, transaction: OutputTransaction) -> None:
         if self.companions is not None:
             skip = source_of(model).files
             saver.copy_companions(self.companions, self.folder, self.model.name, transaction=transaction, skip=skip)
-        saver.write_model(model, self.model, transaction)
 
 
 def _configured(

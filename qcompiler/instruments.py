@@ -137,15 +137,13 @@ class SizeDelta(_Watcher):
 
 
 def stored_bytes(model: ir.Model) -> int:
-    """Bytes of the initializers of all graphs; a quantized weight counts as its codes, scales and zero points."""
-    total, seen = 0, set()
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                total += int(getattr(tensor, "stored_bytes", tensor.nbytes))
-    return total
+    """Bytes of all constants; a quantized weight counts as its codes, scales and zero points."""
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        tensors += [a.as_tensor() for a in node.attributes.values() if a.type == ir.AttributeType.TENSOR]
+    # A lazily built tensor may be listed twice; it is stored once.
+    once = {id(tensor): tensor for tensor in tensors if tensor is not None}
+    return sum(int(getattr(tensor, "stored_bytes", tensor.nbytes)) for tensor in once.values())
 
 
 class Legality(_Watcher):

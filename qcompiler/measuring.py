@@ -68,7 +68,7 @@ def bench_models(
         threads: Threads; 0 takes all cores.
 
     Returns:
-        (model, median milliseconds, ratio to the first) as text.
+        (model, median milliseconds, ratio to the first with its quartiles) as text.
     """
     from qcompiler.bench import bench
 
@@ -84,5 +84,8 @@ def bench_models(
         for spec in input_specs(first)
     ]
     data = random_data(first, specs, seed=0, rows=1)
-    medians = bench(paths, data.held_out[0], repeat=repeat, threads=threads)
-    return [(str(p), f"{m * 1e3:.2f}", f"{m / medians[0]:.2f}") for p, m in zip(paths, medians, strict=True)]
+    timed = bench(paths, data.held_out[0], repeat, threads=threads)
+    return [
+        (str(path), f"{t.seconds * 1e3:.2f}", f"{t.ratio:.2f} ({t.ratio_low:.2f} to {t.ratio_high:.2f})")
+        for path, t in zip(paths, timed, strict=True)
+    ]

@@ -1,10 +1,11 @@
 """How a node of one standard opset is written in a later one: a rule for each operator that changed its form.
 
 A version that is not in `RULES` only allowed more types, or added inputs and attributes that may be left out. That the
-table is complete is checked against the operator definitions of the `onnx` package (`check_form`, and the tests).
+table is complete is checked against the operator definitions of the `onnx` package (`_check_form`, and the tests).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx.defs
@@ -35,19 +36,23 @@ def raise_node(node: ir.Node, current: int, target: int) -> bool:
     Raises:
         CannotRaiseError: No rule can do it; the node may be half rewritten then.
     """
-    changed = False
+    before = _form(node)
     for version in range(current + 1, target + 1):
         rule = RULES.get((node.op_type, version))
         if rule is not None:
             rule(node, target)
-            changed = True
-    check_form(node, current, target)
+    _check_form(node, current, target)
+    changed = _form(node) != before
     if changed:
         node.metadata_props[PASS_KEY] = _PASS
     return changed
 
 
-def check_form(node: ir.Node, current: int, target: int) -> None:
+def _form(node: ir.Node) -> tuple[Any, ...]:
+    return node.op_type, dict(node.attributes), node.inputs, len(node.outputs)
+
+
+def _check_form(node: ir.Node, current: int, target: int) -> None:
     """Raise CannotRaiseError if a node whose operator was defined anew does not have the form of the new definition."""
     try:
         schema = onnx.defs.get_schema(node.op_type, target, "")

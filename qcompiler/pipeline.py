@@ -76,5 +76,5 @@ def build(config: CompileConfig, context: PassContext, *, text: str | None = Non
         if passes.load(name).stage not in (Stage.TRANSFORM, Stage.QUANTIZE):
             known = [n for n in passes.names() if passes.load(n).stage in (Stage.TRANSFORM, Stage.QUANTIZE)]
             raise SchemeError(f"'{name}' is not an algorithm; known algorithms: {', '.join(known)}")
-    always = [(name, {}) for name in passes.names() if passes.load(name).applies(config)]
+    always: list[Step] = [(name, {}) for name in passes.names() if passes.load(name).applies(config)]
     return [passes.load(name)(context, options) for name, options in order([*always, *algorithms])]

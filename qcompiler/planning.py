@@ -1,7 +1,7 @@
 """Looking before leaping: what a model holds, and what a compilation of it would do."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -128,7 +128,7 @@ def plan_model(source: str | Path, config: CompileConfig) -> Plan:
     model = load_model(source)
     before = stored_bytes(model)
     algorithms = config.algorithms or (("gptq",) if config.calibration is not None else ("rtn",))
-    full = pipeline.build(_with_algorithms(config, algorithms), PassContext(config))
+    full = pipeline.build(replace(config, algorithms=algorithms), PassContext(config))
     reasons = {}
     for step in full:
         if step.stage <= Stage.PLAN:
@@ -145,12 +145,6 @@ def plan_model(source: str | Path, config: CompileConfig) -> Plan:
         rows = config.samples or 128
         memory += 40 * widest * widest + rows * 512 * widest * 4 * 2
     return Plan(sites, ",".join(str(step) for step in full), before, _bytes_after(model, found, config), memory)
-
-
-def _with_algorithms(config: CompileConfig, algorithms: tuple[str, ...]) -> CompileConfig:
-    from dataclasses import replace
-
-    return replace(config, algorithms=algorithms)
 
 
 def inspect_model(source: str | Path) -> Inspection:

@@ -71,7 +71,7 @@ class QuantizedTensor(ir.LazyTensor):
             zero = np.full(self.scale.shape, self.spec.format.mid, np.uint8)
         return dequantize(self.codes(), self.scale, zero, self.spec.group_size)
 
-    def _evaluate_float(self) -> ir.Tensor:
+    def _evaluate_float(self) -> ir.TensorProtocol:
         values = to_stored(self.dequantized(), self.layout).astype(self.dtype.numpy())
         return ir.Tensor(np.ascontiguousarray(values), name=self.name)
 
@@ -87,11 +87,9 @@ def to_stored(weight: np.ndarray, layout: str) -> np.ndarray:
     """[N, K] -> the shape that the model stores; a view."""
     if layout in ("KN", "1KN"):
         weight = weight.T
-    return weight.reshape(stored_shape("NK", *weight.shape)) if layout in ("NK", "KN") else _with_ones(weight, layout)
-
-
-def _with_ones(weight: np.ndarray, layout: str) -> np.ndarray:
-    return weight[None] if layout == "1KN" else weight.reshape(*weight.shape, *(1,) * layout.count("1"))
+    if layout == "1KN":
+        return np.expand_dims(weight, 0)
+    return np.reshape(weight, stored_shape(layout, *weight.shape))
 
 
 def from_stored(weight: np.ndarray, layout: str) -> np.ndarray:

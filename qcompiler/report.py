@@ -190,7 +190,7 @@ class CompileReport:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values; `docs` of each key are the attributes of the classes they come from."""
+        """The report as plain values; keys below "sites" and "verification" are the attributes of their classes."""
         data = self.calibration
         return {
             "schema": SCHEMA,

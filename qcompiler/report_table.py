@@ -140,7 +140,8 @@ def print_verification(verification: "Verification", console: Console) -> None:
     _print_ways(console, ways, verification.short_positions)
     for provider, counts in verification.fused.items():
         listed = ", ".join(f"{count} {op_type}" for op_type, count in counts.items())
-        _line(console, f"{_provider(provider)} runs {listed}")
+        if listed:
+            _line(console, f"{_provider(provider)} runs {listed}")
     for remark in verification.remarks:
         console.print(Text(f"note: {remark}", "yellow"))
 

@@ -109,8 +109,7 @@ class OrtRunner:
                 f"provider {provider} could not be started (its libraries are missing?); try another --provider"
             )
         self._constants = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(_usable(array))
-            for name, array in (constants or {}).items()
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(_usable(array)) for name, array in (constants or {}).items()
         }
         self.outputs = [value.name for value in self._session.get_outputs()]
 

@@ -16,14 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from qcompiler.calibration import row_mask
-from qcompiler.calibration_inputs import ModelInputs
 from qcompiler.errors import CalibrationError, KernelError
 from qcompiler.instruments import MemoryMeter, anonymous_bytes
-from qcompiler.session import Feeds, InputSpec, OrtRunner, cpu_threads
+from qcompiler.session import Feeds, OrtRunner, cpu_threads
 from qcompiler.verify_audit import (
     check_scales,
     constant_bytes,
@@ -32,15 +30,14 @@ from qcompiler.verify_audit import (
     with_exact_compute,
 )
 from qcompiler.verify_outputs import Closeness, Comparison, OutputMetrics, producers_of_logits
+from qcompiler.verify_rows import Sample, short_row
 from qcompiler.verify_session import OutputRunner
 
-__all__ = ["AccuracyLevelCost", "RunResult", "Verification", "shorten", "verify"]
+__all__ = ["AccuracyLevelCost", "RunResult", "Verification", "verify"]
 
 logger = logging.getLogger(__name__)
 
 _CPU = "CPUExecutionProvider"
-# Positions of the row that is run in every way there is.
-_SHORT = 64
 # A float model up to this size is optimized and prepacked: a copy of its weights for speed.
 _COPIED_BYTES = 128 << 20
 # What a session needs beside its weights, for a short row.
@@ -86,7 +83,7 @@ class Verification:
         kl: KL divergence of the worst output, mean over positions, nats; None without logits.
         top1: Top-1 agreement of the worst output; None without logits.
         accuracy_level: None where no node is at level 4, or it was not measured.
-        fused: Provider -> operator -> number of nodes that ran, for operators that matter for speed.
+        fused: Provider that was asked for -> operator -> number of nodes that ran, for operators that matter for speed.
         rows: Held-out rows that were run.
         short_positions: Positions of the short row; 0 if it is a row as it came.
         remarks: What a user should know.
@@ -167,16 +164,6 @@ class _Job:
         )
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """The short row: its feeds, its outputs in the float model, its padding mask, and its positions (0: as it came)."""
-
-    feeds: Feeds
-    expected: Feeds
-    mask: np.ndarray | None
-    positions: int
-
-
 def verify(
     source: Path | bytes,
     output: Path,
@@ -218,7 +205,7 @@ def verify(
         job = _Job(output, model, producers_of_logits(model.graph), tuple(providers), threads)
         reference = _open_reference(source, threads, providers[0])
         row = held_out[0]
-        sample = _short_row(reference, row)
+        sample = short_row(reference, row)
         if max_memory is not None and _needed(model, sample, row) > max_memory:
             del reference
             result = _run_little(replace(job, prepack=False), sample)
@@ -227,7 +214,7 @@ def verify(
     return replace(result, seconds=time.perf_counter() - started, peak_bytes=meter.peak_bytes, synthetic=synthetic)
 
 
-def _needed(model: onnx.ModelProto, sample: _Sample, row: Feeds) -> int:
+def _needed(model: onnx.ModelProto, sample: Sample, row: Feeds) -> int:
     """Anonymous memory with the compiled model loaded, prepacked, and a row's outputs of both models at hand."""
     longer = sum(array.size for array in row.values()) / max(1, sum(array.size for array in sample.feeds.values()))
     outputs = sum(array.nbytes for array in sample.expected.values()) * longer
@@ -235,7 +222,7 @@ def _needed(model: onnx.ModelProto, sample: _Sample, row: Feeds) -> int:
 
 
 def _run_all(
-    job: _Job, reference: OrtRunner, sample: _Sample, row: Feeds, held_out: Sequence[Feeds], levels: bool
+    job: _Job, reference: OrtRunner, sample: Sample, row: Feeds, held_out: Sequence[Feeds], levels: bool
 ) -> Verification:
     """Run everything that the module's docstring lists."""
     found = _Findings()
@@ -262,7 +249,7 @@ def _run_all(
     return found.verification(job, total, len(held_out), sample.positions)
 
 
-def _run_little(job: _Job, sample: _Sample) -> Verification:
+def _run_little(job: _Job, sample: Sample) -> Verification:
     """Run the short row once on every provider."""
     found = _Findings()
     total = job.comparison(job.providers[0], True)
@@ -315,53 +302,7 @@ def _open_reference(source: Path | bytes, threads: int, provider: str) -> OrtRun
         return OrtRunner(source, provider=provider, threads=threads)
 
 
-def shorten(feeds: Feeds, inputs: Sequence[InputSpec], length: int = _SHORT) -> Feeds | None:
-    """The first positions of a row of tokens.
-
-    Args:
-        feeds: One row.
-        inputs: The graph inputs.
-        length: Positions to keep.
-
-    Returns:
-        Feeds of `length` tokens each; None where the row is no longer than that, has padding or a cache in use, where
-        its length is fixed, or where it is not made of tokens.
-    """
-    model = ModelInputs(inputs)
-    if model.ids is None or model.ids.name not in feeds:
-        return None
-    shape = feeds[model.ids.name].shape
-    short: Feeds = {}
-    for name, array in feeds.items():
-        role = model.roles.get(name)
-        if role == "cache" and array.shape[2] == 0:
-            short[name] = array
-        elif role in ("ids", "mask", "positions", "types") and array.shape == shape:
-            if isinstance(model.specs[name].shape[1], int) or (role == "mask" and not array[:, :length].all()):
-                return None
-            short[name] = np.ascontiguousarray(array[:, :length])
-        else:
-            return None
-    return short if shape[1] > length else None
-
-
-def _short_row(reference: OrtRunner, row: Feeds) -> _Sample:
-    short = shorten(row, reference.inputs)
-    feeds = row if short is None else short
-    # Copies: the arrays of a run keep all memory of their session.
-    try:
-        expected = {name: array.copy() for name, array in reference.run(feeds).items()}
-    except KernelError as error:
-        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
-        raise CalibrationError(
-            f"the float model cannot be run on {shapes}: {error}; give data that fits it (--calibration), or --no-verify"
-        ) from error
-    return _Sample(feeds, expected, row_mask(feeds), 0 if short is None else _SHORT)
-
-
-def _close(
-    job: _Job, provider: str, sample: _Sample, *, optimize: bool = True, model: bytes | None = None
-) -> Closeness:
+def _close(job: _Job, provider: str, sample: Sample, *, optimize: bool = True, model: bytes | None = None) -> Closeness:
     """How close the compiled model, or a variant of it, is on the short row."""
     comparison = job.comparison(provider, optimize)
     with job.runner(provider, optimize, model) as runner:
@@ -369,15 +310,14 @@ def _close(
     return comparison.closeness()
 
 
-def _audit(job: _Job, runner: OutputRunner, provider: str, sample: _Sample, found: _Findings) -> Feeds:
+def _audit(job: _Job, runner: OutputRunner, provider: str, sample: Sample, found: _Findings) -> Feeds:
     """Run the short row with optimizations on and note how close it is and which operators ran; returns its outputs."""
     comparison = job.comparison(provider, True)
     outputs = runner.run(sample.feeds)
     comparison.add(sample.expected, outputs, sample.mask)
     found.runs.append(RunResult(provider, True, comparison.closeness()))
     executed = runner.executed()
-    for name, counts in count_operators(executed).items():
-        found.fused.setdefault(name, {}).update(counts)
+    found.fused[provider] = count_operators(executed, provider)
     found.remarks += fusion_remarks(job.model, executed, provider)
     return outputs
 

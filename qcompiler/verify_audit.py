@@ -147,13 +147,17 @@ def with_exact_compute(model: onnx.ModelProto) -> tuple[bytes, int]:
             item.i = _INT8_LEVEL
 
 
-def count_operators(executed: Iterable[Executed]) -> dict[str, dict[str, int]]:
-    """Provider -> operator -> number of nodes that ran, of the operators that matter for speed; most frequent first."""
-    counted: dict[str, Counter[str]] = {}
+def count_operators(executed: Iterable[Executed], provider: str) -> dict[str, int]:
+    """Number of nodes that ran, by operator, of those that matter for speed; most frequent first.
+
+    What another provider than `provider` had to run has that one's name behind it: ``MatMul (CPU)``.
+    """
+    counts: Counter[str] = Counter()
     for node in executed:
         if _matters(node.op_type):
-            counted.setdefault(node.provider, Counter())[node.op_type] += 1
-    return {provider: dict(counts.most_common()) for provider, counts in sorted(counted.items())}
+            elsewhere = f" ({node.provider.removesuffix('ExecutionProvider')})" if node.provider != provider else ""
+            counts[node.op_type + elsewhere] += 1
+    return dict(counts.most_common())
 
 
 def _matters(op_type: str) -> bool:

@@ -1,7 +1,7 @@
 """What is measured at each output of a model: figures that fit what the output is.
 
-- *logits*: floats ``[..., V]`` of rank 2 or 3 that are named so, or end in a matrix product or a bias, over at least 100
-  classes: KL divergence, top-1 agreement and SQNR.
+- *logits*: floats ``[..., V]`` of rank 2 or 3 that are named so, or have at least 100 classes V and end in a matrix
+  product or a bias: KL divergence, top-1 agreement and SQNR.
 - *probabilities*: the same that end in a softmax over V, of any number of classes.
 - *cache*: the ``present`` keys and values of a decoder, all of them together: the worst SQNR.
 - *values*: other floats: SQNR and the largest absolute error.
@@ -215,8 +215,8 @@ def _kind(name: str, array: np.ndarray, producer: str) -> str:
 def producers_of_logits(graph: onnx.GraphProto) -> dict[str, str]:
     """Graph outputs that end as a classifier's last layer does, with the operator that computes them.
 
-    That is a matrix product or a softmax, then a bias or nothing. Hidden states and embeddings end in normalizations and
-    sums instead, or say so in their name.
+    That is a matrix product or a softmax, then a bias or nothing. Hidden states and embeddings end in normalizations
+    and sums instead, or say so in their name.
     """
     made_by = {output: node for node in graph.node for output in node.output}
     constants = {tensor.name for tensor in graph.initializer}

@@ -183,14 +183,14 @@ def with_outputs(model, names):
     return proto.SerializeToString()
 
 
-def context(config=None, batches=None, threads=1, **options):
+def context(config=None, batches=None, threads=1, progress_to=None, **options):
     """A PassContext; `options` are fields of CompileConfig, `scheme` sets its plan's default."""
     if config is None:
         if "scheme" in options:
             options["plan"] = SchemePlan(Scheme.parse(options.pop("scheme")))
         config = CompileConfig(**options)
     data = SimpleNamespace(batches=batches) if batches is not None else None
-    return PassContext(config, threads, data)
+    return PassContext(config, threads, data, progress_to)
 
 
 def apply(name, model, ctx=None, /, **options):

@@ -8,9 +8,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler import verify as verify_module
 from qcompiler.errors import CalibrationError, KernelError, ModelError, PassError
+from qcompiler.numerics.metrics import logits_divergence
 from qcompiler.session import InputSpec, OrtRunner
-from qcompiler.verify import shorten, verify
+from qcompiler.verify import verify
+from qcompiler.verify_audit import count_operators, fusion_remarks
 from qcompiler.verify_outputs import Closeness, producers_of_logits
+from qcompiler.verify_rows import shorten
+from qcompiler.verify_session import Executed
 from tests import token_models as models
 from tests.stored_models import externalize, make_model, names_in, value, write
 
@@ -278,6 +282,14 @@ def test_a_missing_exact_kernel_is_remarked(check):
     assert "'head'" in found.remarks[0]
 
 
+def test_what_lands_on_the_cpu_is_remarked_and_counted_apart():
+    cuda = "CUDAExecutionProvider"
+    ran = [Executed("up", "MatMulNBits", cuda), Executed("head", "MatMulNBits", CPU), Executed("s", "Shape", CPU)]
+    assert count_operators(ran, cuda) == {"MatMulNBits": 1, "MatMulNBits (CPU)": 1}
+    (remark,) = fusion_remarks(models.block_model(head_level=0), ran, cuda)
+    assert remark == f"under {cuda} the CPU runs 1 MatMulNBits, with copies to and fro"
+
+
 def test_a_good_model_has_no_remark(check):
     assert check(models.block_model()).remarks == ()
 
@@ -363,6 +375,17 @@ def test_logits_are_told_from_hidden_states(name, ends_in, expected):
     model = make_model(ends[ends_in], [value("x", ["n", 4])], [value(name, ["n", 4])], constants)
     producer = "Softmax" if ends_in == "Softmax" else "MatMul"
     assert producers_of_logits(model.graph) == ({name: producer} if expected else {})
+
+
+def test_probabilities_give_the_divergence_of_their_logits():
+    rng = np.random.default_rng(0)
+    pair = [4 * rng.standard_normal((7, 11)) for _ in range(2)]
+    shares = [np.exp(logits) / np.exp(logits).sum(-1, keepdims=True) for logits in pair]
+    kl, same = logits_divergence(*shares, probabilities=True)
+    np.testing.assert_allclose(kl, logits_divergence(*pair)[0], rtol=1e-9)
+    np.testing.assert_array_equal(same, logits_divergence(*pair)[1])
+    shares[1][:, 3] = 0
+    assert np.isfinite(logits_divergence(*shares, probabilities=True)[0]).all()
 
 
 # The short row.

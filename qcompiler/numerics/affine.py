@@ -89,7 +89,8 @@ def storage_dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     return np.dtype(name)
 
 
@@ -238,14 +239,16 @@ def _rounding_loss(
     error -= groups
     with np.errstate(over="ignore", invalid="ignore"):  # an error beyond 1e19 is infinitely bad
         np.square(error, out=error)
-        return np.einsum("ngk,gk->ng", error, heed)
+        loss: np.ndarray = np.einsum("ngk,gk->ng", error, heed)
+    return loss
 
 
 def round_to_grid(values: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: WeightSpec) -> np.ndarray:
     """Codes of values, as whole float32 numbers; shapes broadcast. Rounds before the zero point is added."""
-    codes = np.rint(values / scale)
+    codes: np.ndarray = np.rint(values / scale)
     codes += zero_point
-    return np.clip(codes, _lowest_code(spec), spec.format.qmax, out=codes)
+    np.clip(codes, _lowest_code(spec), spec.format.qmax, out=codes)
+    return codes
 
 
 def quantize(weight: np.ndarray, grid: Grid, spec: WeightSpec, threads: int = 1) -> np.ndarray:

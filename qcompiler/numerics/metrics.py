@@ -153,10 +153,8 @@ def logits_divergence(
     parts = [index[at : at + step] for at in range(0, len(index), step)]
 
     def chunk(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pair = reference[part], logits[part]
-        return (
-            _chunk_divergence(_logarithm(pair[0]), _logarithm(pair[1])) if probabilities else _chunk_divergence(*pair)
-        )
+        r, a = reference[part], logits[part]
+        return _chunk_divergence(_logarithm(r), _logarithm(a)) if probabilities else _chunk_divergence(r, a)
 
     found = _map(chunk, parts, threads)
     if not found:

@@ -39,7 +39,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     ragged = -codes.shape[-1] % per_byte
     if ragged:
         codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, ragged)])
-    packed = codes[..., 0::per_byte].copy()  # [..., K / per_byte]
+    packed: np.ndarray = codes[..., 0::per_byte].copy()  # [..., K / per_byte]
     for lane in range(1, per_byte):
         packed |= codes[..., lane::per_byte] << (lane * bits)
     return packed
@@ -101,7 +101,9 @@ def integer_codes(codes: np.ndarray, bits: int, *, signed: bool, width: int) -> 
     """
     if not signed:
         return codes
-    return (codes - np.uint8(int_format(bits).mid)) & np.uint8(int_format(width).qmax)
+    shifted: np.ndarray = codes - np.uint8(int_format(bits).mid)
+    shifted &= np.uint8(int_format(width).qmax)
+    return shifted
 
 
 def transpose_packed(packed: np.ndarray, bits: int, columns: int, *, signed: bool, width: int) -> np.ndarray:

@@ -226,7 +226,8 @@ def test_small_float16_scales_are_raised_to_normal_numbers():
 def test_rounding_broadcasts_scales():
     spec = spec_of(4, "asym")
     scale, zero = np.array([[1.0], [2.0]], np.float32), np.array([[0.0], [3.0]], np.float32)
-    assert round_to_grid(np.array([3.4, -9.0, 99.0], np.float32), scale, zero, spec).tolist() == [[3, 0, 15], [5, 0, 15]]
+    values = np.array([3.4, -9.0, 99.0], np.float32)
+    assert round_to_grid(values, scale, zero, spec).tolist() == [[3, 0, 15], [5, 0, 15]]
 
 
 @FORM

@@ -45,9 +45,9 @@ def operator_model(op_type, inputs, arrays, feed, dtype, **attributes):
 @SIZES
 @FORMS
 def test_matmul_nbits_computes_the_product_with_the_dequantized_weight(bits, size, symmetric):
-    x3 = {}
-    # K: whole blocks, one ragged block, ragged after whole blocks, odd; N: odd, even; with and without bias.
-    for columns, rows, with_bias in ((2 * size, 8, False), (size - 3, 5, True), (3 * size + 8, 7, False), (77, 3, True)):
+    # K: whole blocks, one ragged block, ragged after whole blocks, odd; N: even, odd; with and without bias.
+    cases = ((2 * size, 8, False), (2 * size, 8, True), (size - 3, 5, True), (3 * size + 8, 7, False), (77, 3, True))
+    for columns, rows, with_bias in cases:
         arrays, weight = quantized_weight(bits, size, symmetric, rows, columns)
         bias = normal(rows, 5)
         if with_bias:
@@ -57,7 +57,7 @@ def test_matmul_nbits_computes_the_product_with_the_dequantized_weight(bits, siz
             inputs.pop()
         attributes = {"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": 0}
         model = operator_model("MatMulNBits", inputs, arrays, "x", TensorProto.FLOAT, **attributes)
-        x = x3.setdefault(columns, normal((3, columns), 1))
+        x = normal((3, columns), 1)
         want = x.astype(np.float64) @ weight.T.astype(np.float64) + (bias if with_bias else 0)
         (got,) = run(model, {"x": x})
         assert got.shape == (3, rows)

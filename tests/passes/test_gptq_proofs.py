@@ -5,6 +5,8 @@ factor that is eliminated entry by entry. A proof is worth something only if it 
 mistake that is easiest to make, taking the other triangle of the factor, has to fail each of them.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -269,7 +271,7 @@ def test_refitted_scales_and_moved_codes_never_lose(spec, seed):
         codes = descend(weight, codes, H, grid, spec)
         losses.append(real_loss(weight, codes, H, grid, spec))
     # float32 sums
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(losses))
     assert losses[-1] < (1 if spec.bits == 8 else 0.995) * losses[0]
 
 

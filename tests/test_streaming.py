@@ -1,0 +1,302 @@
+"""Streaming calibration: what each site is measured on, and that threads, batches and memory change nothing."""
+
+import os
+
+import numpy as np
+import pytest
+
+from qcompiler import streaming
+from qcompiler.errors import CalibrationError, NumericsError
+from qcompiler.graph import input_feature_axis
+from qcompiler.passes.gptq import Gptq
+from qcompiler.quantized import QuantizedTensor
+from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scratch import Scratch
+from qcompiler.session import single_threaded_blas
+from qcompiler.sites import find_sites
+from tests.builders import (
+    Ticks,
+    apply,
+    context,
+    decoder,
+    decoder_groups,
+    normal,
+    only,
+    parse,
+    run,
+    token_batches,
+    with_outputs,
+)
+from tests.test_segments import branches, cross
+
+SCHEME = Scheme.parse("w4a16-g32-asym")
+
+
+class Recording(Gptq):
+    """GPTQ that remembers what it was told about each group of sites."""
+
+    def __init__(self, ctx, **options):
+        super().__init__(ctx, {key: str(value) for key, value in options.items()})
+        self.seen = []
+
+    def quantize_sites(self, sites, facts, remark=""):
+        self.seen.append(([site.name for site in sites], facts))
+        return super().quantize_sites(sites, facts, remark)
+
+
+def stream(model, batches, plan=None, *, threads=1, **options):
+    """Run GPTQ over a model; returns the algorithm and its result."""
+    ctx = context(plan=plan or SchemePlan(SCHEME, SCHEME, SCHEME), batches=batches, threads=threads, **options)
+    apply("canonicalize", model, ctx)
+    apply("assign_scheme", model, ctx)
+    algorithm = Recording(ctx)
+    with single_threaded_blas():
+        result = algorithm(model)
+    return algorithm, result
+
+
+def hessian_of(model, site, batches, masks):
+    """The sum over tokens of x x^T of what a site reads when the whole model runs, float64."""
+    total, tokens = 0, 0
+    source = with_outputs(model, [site.input.name])
+    for feeds, mask in zip(batches, masks, strict=True):
+        (value,) = run(source, feeds, outputs=[site.input.name])
+        value = np.moveaxis(value, input_feature_axis(site), -1)
+        rows = value.reshape(-1, value.shape[-1]) if mask is None else value[mask]
+        total = total + rows.astype(np.float64).T @ rows.astype(np.float64)
+        tokens += len(rows)
+    return total, tokens
+
+
+def quantize_like(model, other, names):
+    """Give the sites of a float model that are listed the quantized weights of another."""
+    weights = {site.name: site.weight.const_value for site in find_sites(other)[0]}
+    for site in find_sites(model)[0]:
+        if site.name in names:
+            assert isinstance(weights[site.name], QuantizedTensor)
+            site.weight.const_value = weights[site.name]
+    return model
+
+
+def mask_of(feeds):
+    return feeds["attention_mask"].astype(bool) if "attention_mask" in feeds else None
+
+
+def conv_model():
+    text = """g (float[B,32,6] x) => (float[B,48,6] y) {
+        [a] a = Conv(x, wa) r = Relu(a) [b] b = Conv(r, wb) [c] c = Conv(r, wc) s = Mul(b, c) [d] y = Conv(s, wd)
+    }"""
+    shapes = {"wa": (40, 32, 1), "wb": (32, 40, 1), "wc": (32, 40, 1), "wd": (48, 32, 1)}
+    return parse(text, {name: normal(shape, seed) for seed, (name, shape) in enumerate(shapes.items())})
+
+
+MODELS = {
+    # model, batches, groups in the order in which they are quantized, sites quantized before them
+    "decoder": (decoder, token_batches, decoder_groups(), ["embed"]),
+    "cross": (
+        lambda: cross()[0],
+        lambda: [{"x": normal((2, n, 32), n), "memory": normal((2, 9, 32), 50 + n)} for n in (3, 5)],
+        [["d1"], ["enc1"], ["d2"], ["enc2"], ["d3"], ["ck", "cv"], ["cq"], ["co"]],
+        [],
+    ),
+    "branches": (
+        lambda: branches()[0],
+        lambda: [{"x": normal((9, 32), n), "flag": np.array(n == 1)} for n in (1, 2)],
+        [["first"], ["second"], ["third"]],
+        ["inner"],
+    ),
+    "convolutions": (
+        conv_model,
+        lambda: [{"x": normal((3, 32, 6), n)} for n in (1, 2)],
+        [["a"], ["b", "c"], ["d"]],
+        [],
+    ),
+}
+# Groups that may come in either order: they are of one level and read different values.
+LEVELS = {"cross": [{"d1"}, {"d2", "enc1"}, {"d3", "enc2"}, {"ck", "cv", "cq"}, {"co"}]}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_site_is_measured_on_what_the_quantized_prefix_produces(name):
+    """Against a new run of the whole model, for every group, with all earlier groups quantized and the rest float."""
+    build, make_batches, groups, before = MODELS[name]
+    batches = make_batches()
+    model = build()
+    algorithm, result = stream(model, batches)
+    measured = [(names, facts) for names, facts in algorithm.seen if facts is not None]
+    levels = LEVELS.get(name, [set(group) for group in groups])
+    assert sorted(map(sorted, (names for names, _ in measured))) == sorted(map(sorted, groups))
+    assert [names for names, facts in algorithm.seen if facts is None] == [[name] for name in before]
+    assert len(only(result, "quantized")) == sum(map(len, groups)) + len(before)
+    done = list(before)
+    masks = [mask_of(feeds) for feeds in batches]
+    for level in levels:
+        of_level = [(names, facts) for names, facts in measured if set(names) <= level]
+        assert {name for names, _ in of_level for name in names} == level
+        half = quantize_like(build(), model, done)
+        for names, facts in of_level:
+            (site,) = (site for site in find_sites(half)[0] if site.name == names[0])
+            want, tokens = hessian_of(half, site, batches, masks)
+            assert facts.tokens == tokens
+            # Sums in float32 within a batch, float64 in ours.
+            assert np.linalg.norm(facts.hessian - want) <= 1e-6 * np.linalg.norm(want), names
+        done += sorted(level)
+
+
+def test_the_float_model_would_give_other_hessians():
+    """So the test above means something: what a site reads has changed by percents by the time it is measured."""
+    build, make_batches, _, _ = MODELS["decoder"]
+    batches = make_batches()
+    algorithm, _ = stream(build(), batches)
+    plain = build()
+    for names, facts in algorithm.seen[1:]:
+        (site,) = (site for site in find_sites(plain)[0] if site.name == names[0])
+        want, _ = hessian_of(plain, site, batches, [mask_of(feeds) for feeds in batches])
+        assert np.linalg.norm(facts.hessian - want) > 1e-3 * np.linalg.norm(want), names
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_sequential_sites_are_measured_on_the_float_model(name):
+    """Tables and bodies are left float here: they have nothing to measure and are quantized before the rest."""
+    build, make_batches, _, before = MODELS[name]
+    batches = make_batches()
+    overrides = tuple((Pattern(name), None) for name in before)
+    plan = SchemePlan(SCHEME, SCHEME, SCHEME, overrides)
+    algorithm, _ = stream(build(), batches, plan, sequential=False)
+    plain = build()
+    assert algorithm.seen
+    for names, facts in algorithm.seen:
+        (site,) = (site for site in find_sites(plain)[0] if site.name == names[0])
+        want, tokens = hessian_of(plain, site, batches, [mask_of(feeds) for feeds in batches])
+        assert facts.tokens == tokens
+        assert np.linalg.norm(facts.hessian - want) <= 1e-6 * np.linalg.norm(want), names
+
+
+def test_padding_is_not_measured():
+    """Rows of different length in one batch count as much as each of them alone without padding."""
+    batches = token_batches()
+    assert any((feeds["attention_mask"] == 0).any() for feeds in batches)
+    padded, _ = stream(decoder(), batches)
+    alone = []
+    for feeds in batches:
+        for ids, mask in zip(feeds["input_ids"], feeds["attention_mask"], strict=True):
+            length = int(mask.sum())
+            alone.append({"input_ids": ids[None, :length], "attention_mask": mask[None, :length]})
+    bare, _ = stream(decoder(), alone)
+    for (names, facts), (same, wanted) in zip(padded.seen[1:], bare.seen[1:], strict=True):
+        assert names == same
+        assert facts.tokens == wanted.tokens == sum(int(feeds["attention_mask"].sum()) for feeds in batches)
+        assert np.linalg.norm(facts.hessian - wanted.hessian) <= 1e-5 * np.linalg.norm(wanted.hessian)
+
+
+def stored_bytes_of(model):
+    found = []
+    for site in find_sites(model)[0]:
+        tensor = site.weight.const_value
+        if isinstance(tensor, QuantizedTensor):
+            zeros = b"" if tensor.zero_point is None else tensor.zero_point.tobytes()
+            found.append((site.name, tensor.packed.tobytes(), tensor.scale.tobytes(), zeros))
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_threads_change_no_byte(name):
+    build, make_batches, groups, before = MODELS[name]
+    batches = make_batches() * 3
+    results = []
+    for threads in (1, 2, 3, 4):
+        model = build()
+        stream(model, batches, threads=threads)
+        results.append(stored_bytes_of(model))
+    assert len(results[0]) == sum(map(len, groups)) + len(before)
+    assert all(result == results[0] for result in results)
+
+
+def test_spilling_to_disk_changes_no_byte(monkeypatch):
+    spilled = []
+
+    class Watched(Scratch):
+        def __exit__(self, *arguments):
+            spilled.append((self.spilled_bytes, self.live_bytes))
+            super().__exit__(*arguments)
+
+    monkeypatch.setattr(streaming, "Scratch", Watched)
+    batches = token_batches(2, rows=8, length=64)  # 64 KiB of activations, the least that is worth a file
+    results = []
+    for max_memory in (None, 4):
+        model = decoder(1)
+        stream(model, batches, max_memory=max_memory)
+        results.append(stored_bytes_of(model))
+    assert results[0] == results[1]
+    assert spilled[0][0] == 0
+    assert spilled[1][0] >= 5 * 2 * (1 << 16)
+    assert all(live >= 0 for _, live in spilled)
+
+
+def test_feeds_that_are_mapped_files_outlive_the_run(tmp_path):
+    """Feeds leave the boundary like any other value, but what holds them is the caller's."""
+    np.save(tmp_path / "x.npy", normal((40, 32), 1))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    text = "g (float[B,32] x) => (float[B,32] y) { [a] a = MatMul(x, wa) [b] y = MatMul(a, wb) }"
+    model = parse(text, {"wa": normal((32, 32), 2), "wb": normal((32, 32), 3)})
+    stream(model, [{"x": mapped[:20]}, {"x": mapped[20:]}], max_memory=4)
+    assert os.listdir(tmp_path) == ["x.npy"]
+    assert np.array_equal(np.load(tmp_path / "x.npy"), normal((40, 32), 1))
+
+
+def test_values_read_along_two_axes_are_measured_along_each():
+    """A convolution's features are axis 1, a MatMul's the last one; here both have 32."""
+    text = """g (float[B,32,32] x) => (float[B,16,32] y, float[B,32,16] z) {
+        n = Neg(x) [conv] y = Conv(n, wc) [mm] z = MatMul(n, wm)
+    }"""
+    model = parse(text, {"wc": normal((16, 32, 1), 1), "wm": normal((32, 16), 2)})
+    x = normal((5, 32, 32), 3)
+    algorithm, _ = stream(model, [{"x": x}])
+    facts = {names[0]: found for names, found in algorithm.seen}
+    assert set(facts) == {"conv", "mm"}
+    wide = x.astype(np.float64)
+    assert np.allclose(facts["conv"].hessian, np.einsum("bit,bjt->ij", wide, wide), rtol=1e-4, atol=1e-3)
+    assert np.allclose(facts["mm"].hessian, np.einsum("bti,btj->ij", wide, wide), rtol=1e-4, atol=1e-3)
+
+
+def test_inputs_that_hold_weights_work_like_initializers():
+    """Before IR version 4 every initializer was listed among the inputs."""
+    text = """g (float[B,32] x, float[32,32] wa, float[32,32] wb) => (float[B,32] y) {
+        [a] a = MatMul(x, wa) [b] y = MatMul(a, wb)
+    }"""
+    weights = {"wa": normal((32, 32), 2), "wb": normal((32, 32), 3)}
+    old = parse(text, weights, opset=8, ir_version=3)
+    new = parse(text.replace(", float[32,32] wa, float[32,32] wb", ""), weights)
+    for model in (old, new):
+        _, result = stream(model, [{"x": normal((20, 32), 1)}])
+        assert only(result, "quantized") == ["a", "b"]
+    assert stored_bytes_of(old) == stored_bytes_of(new)
+
+
+def test_progress_is_told_level_by_level():
+    ticks = Ticks()
+    ctx = context(scheme="w4a16", batches=token_batches(1), progress_to=ticks)
+    model = decoder(1)
+    apply("assign_scheme", model, ctx)
+    apply("gptq", model, ctx)
+    assert ticks.seen == [("gptq", done, 6) for done in range(7)]  # before each of 6 levels, and at the end
+
+
+@pytest.mark.parametrize("batches", [None, []])
+def test_without_data_there_is_an_error_that_says_what_to_do(batches):
+    with pytest.raises(CalibrationError, match="gptq needs calibration data; give --calibration PATH, or use rtn"):
+        stream(decoder(1), batches)
+
+
+def test_nothing_to_measure_needs_no_data():
+    plan = SchemePlan(None, SCHEME, None)
+    algorithm, result = stream(decoder(1), None, plan)
+    assert [(names, facts) for names, facts in algorithm.seen] == [(["embed"], None)]
+    assert result.records[0].reason == "a lookup table has no activations, rounded to nearest"
+
+
+def test_an_activation_that_is_not_finite_is_an_error_that_names_the_site():
+    text = "g (float[B,32] x) => (float[B,32] y) { e = Exp(x) [a] y = MatMul(e, w) }"
+    model = parse(text, {"w": normal((32, 32), 2)})
+    with pytest.raises(NumericsError, match="the activation that 'a' reads holds NaN or infinity"):
+        stream(model, [{"x": np.full((2, 32), 1000, np.float32)}])
