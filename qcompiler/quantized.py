@@ -85,11 +85,8 @@ def stored_shape(layout: str, rows: int, columns: int) -> tuple[int, ...]:
 
 def to_stored(weight: np.ndarray, layout: str) -> np.ndarray:
     """[N, K] -> the shape that the model stores; a view."""
-    if layout in ("KN", "1KN"):
-        weight = weight.T
-    if layout == "1KN":
-        return np.expand_dims(weight, 0)
-    return np.reshape(weight, stored_shape(layout, *weight.shape))
+    shape = stored_shape(layout, *weight.shape)
+    return np.reshape(weight.T if layout in ("KN", "1KN") else weight, shape)
 
 
 def from_stored(weight: np.ndarray, layout: str) -> np.ndarray:
