@@ -5,12 +5,14 @@
 2. A Gemm loses its transB. Its c stays where it is one value a column, which becomes the bias of MatMulNBits; a
    constant of shape [1, N], also that of an Add behind a MatMul, is given the shape [N]; with any other c the Gemm
    becomes MatMul and Add. Left as they were, these weights would be dequantized on every run.
-3. A lookup table keeps its rows, codes [N, K]: Gather fetches rows of codes, scales and zero points, DequantizeLinear
-   decodes what was fetched.
-4. The projection that shares its weight with a lookup table reads the table's constants through Transposes, which are
-   folded when the model is loaded: the codes are stored once. This works for one reader, since a second would get the
-   same folded constant, and ONNX Runtime does not fuse a constant that two nodes read. For the same reason every other
-   site has a DequantizeLinear and constants of its own, in the graph of its node; the data file holds equal ones once.
+3. A lookup table keeps its rows, codes [N, G, group size], or [N, K] with one group a row: Gather fetches rows of codes,
+   scales and zero points; Cast, Sub and Mul decode what was fetched. A DequantizeLinear there would be taken for a
+   quantized activation: ONNX Runtime fails on a MatMul behind it.
+4. The projection that shares its weight with a lookup table reads the table's constants through Transpose and Reshape,
+   which are folded when the model is loaded: the codes are stored once. This works for one reader, since a second would
+   get the same folded constant, and ONNX Runtime does not fuse a constant that two nodes read. For the same reason every
+   other site has a DequantizeLinear and constants of its own, in the graph of its node; the data file holds equal ones
+   once.
 
 Symmetric weights are signed, ``code - mid``, without zero points; others are unsigned. Codes are turned and packed when
 the model is written, so that memory never holds them twice.
@@ -72,10 +74,35 @@ class ExportQdq(QuantPass):
 
     def _rewrite_lookup(self, site: Site, tensor: QuantizedTensor, table: Constants) -> str:
         rows = [self._node(site, "Gather", [part, site.input], axis=0) for part in table]
-        size = min(tensor.spec.group_size, tensor.columns)
-        decode = self._node(site, "DequantizeLinear", [row.outputs[0] for row in rows], axis=-1, block_size=size)
-        replace_nodes(_graph(site), [site.node], [*rows, decode], decode.outputs[0])
-        return f"Gather, DequantizeLinear of {_dtype(tensor, 8).name.lower()}, block {size}"
+        codes, scale, *zero = (row.outputs[0] for row in rows)
+        new = [*rows, self._node(site, "Cast", [codes], to=int(tensor.dtype))]
+        if zero:
+            shift = self._node(site, "Cast", zero, to=int(tensor.dtype))
+            new += [shift, self._node(site, "Sub", [new[-1].outputs[0], shift.outputs[0]])]
+        new.append(self._node(site, "Mul", [new[-1].outputs[0], scale]))
+        if tensor.scale.shape[1] > 1:
+            new += self._joined(site, tensor, new[-1].outputs[0])
+        replace_nodes(_graph(site), [site.node], new, new[-1].outputs[0])
+        return f"Gather of {_dtype(tensor, 8).name.lower()}, Cast, Mul, {_form(tensor)}"
+
+    def _joined(self, site: Site, tensor: QuantizedTensor, values: ir.Value) -> list[ir.Node]:
+        """Nodes that make rows [..., K] of values [..., G, group size]."""
+        groups, size, indices = tensor.scale.shape[1], tensor.spec.group_size, site.input
+        if indices.shape is not None:
+            nodes, shape = [], self._sizes(site, "shape", *[0] * indices.shape.rank(), groups * size)
+        else:
+            nodes = [self._node(site, "Shape", [indices])]
+            nodes.append(self._node(site, "Concat", [nodes[0].outputs[0], self._sizes(site, "width", groups * size)], axis=0))
+            shape = nodes[-1].outputs[0]
+        nodes.append(self._node(site, "Reshape", [values, shape]))
+        if groups * size != tensor.columns:
+            nodes.append(self._cut(site, nodes[-1].outputs[0], tensor.columns, axis=-1))
+        return nodes
+
+    def _cut(self, site: Site, value: ir.Value, end: int, axis: int) -> ir.Node:
+        """The node that keeps the first `end` places of an axis."""
+        limits = (("start", 0), ("end", end), ("axis", axis))
+        return self._node(site, "Slice", [value, *(self._sizes(site, name, number) for name, number in limits)])
 
     def _rewrite_linear(self, site: Site, tensor: QuantizedTensor, table: Constants | None) -> str:
         width = qdq_width(tensor.spec.bits, tensor.rows)
@@ -92,14 +119,21 @@ class ExportQdq(QuantPass):
             note += f", holding {tensor.spec.bits}-bit codes because N = {tensor.rows} is no multiple of 4"
         return note if table is None else f"{note}, codes shared with the lookup table"
 
-    def _turned(self, site: Site, table: Constants, blocks: bool) -> list[ir.Node]:
-        """Nodes that turn codes [N, K] into [K, N], and scales and zero points [N, G] into [G, N], or [N] for G = 1."""
-        codes, *others = table
-        turned = [self._node(site, "Transpose", [codes], perm=[1, 0])]
-        if blocks:
-            return turned + [self._node(site, "Transpose", [part], perm=[1, 0]) for part in others]
-        flat = add_constant(_graph(site), f"{site.weight.name}_flat", np.array([-1], np.int64))
-        return turned + [self._node(site, "Reshape", [part, flat]) for part in others]
+    def _turned(self, site: Site, tensor: QuantizedTensor, table: Constants) -> list[list[ir.Node]]:
+        """For each constant of a table the nodes that give it the shape that `_column_constants` would."""
+        groups, rows = tensor.scale.shape[1], tensor.rows
+        if groups == 1:
+            flat = self._sizes(site, "flat", -1)
+            codes = [self._node(site, "Transpose", [table[0]], perm=[1, 0])]
+            return [codes, *([self._node(site, "Reshape", [part, flat])] for part in table[1:])]
+        columns, turned = self._sizes(site, "columns", -1, rows), []
+        for part, order in zip(table, ([1, 2, 0], [1, 2, 0], [1, 2, 0]), strict=False):
+            nodes = [self._node(site, "Transpose", [part], perm=order)]
+            nodes.append(self._node(site, "Reshape", [nodes[0].outputs[0], columns]))
+            turned.append(nodes)
+        if groups * tensor.spec.group_size != tensor.columns:
+            turned[0].append(self._cut(site, turned[0][-1].outputs[0], tensor.columns, axis=0))
+        return turned
 
     def _read_columns(self, site: Site, weight: ir.Value) -> None:
         """Let the site's node read a weight [K, N]."""

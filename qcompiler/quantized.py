@@ -86,7 +86,8 @@ def stored_shape(layout: str, rows: int, columns: int) -> tuple[int, ...]:
 def to_stored(weight: np.ndarray, layout: str) -> np.ndarray:
     """[N, K] -> the shape that the model stores; a view."""
     shape = stored_shape(layout, *weight.shape)
-    return np.reshape(weight.T if layout in ("KN", "1KN") else weight, shape)
+    oriented = weight.T if layout in ("KN", "1KN") else weight
+    return oriented.reshape(shape)
 
 
 def from_stored(weight: np.ndarray, layout: str) -> np.ndarray:

@@ -1,0 +1,343 @@
+"""The QDQ form: what it computes, that ONNX Runtime fuses it, and what its fusion makes of our bytes."""
+
+import gc
+import tracemalloc
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from qcompiler.errors import KernelError, PassError
+from qcompiler.files.saver import save_model
+from qcompiler.graph import PASS_KEY
+from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.session import OrtRunner
+from qcompiler.sites import find_sites
+from tests.builders import apply, context, linear_model, normal, only, parse, quantized, run, serialized, text_of
+
+SYMMETRY = pytest.mark.parametrize("form", ["sym", "asym"])
+
+
+@pytest.fixture
+def run_fused(tmp_path):
+    """Returns outputs with ONNX Runtime's optimizations, and the operators it made of the graph and its bodies."""
+
+    def run(model, feeds, level=0):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = 1
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(level))
+        session = onnxruntime.InferenceSession(serialized(model), options, providers=["CPUExecutionProvider"])
+        optimized = ir.load(tmp_path / "optimized.onnx")
+        return session.run(None, feeds), sorted(node.op_type for graph in optimized.graphs() for node in graph)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def opset_25():
+    """Skips where 2-bit integers cannot be had."""
+    model = parse("g (float[2] x) => (float[2] y) { y = Neg (x) }", opset=25)
+    try:
+        OrtRunner(serialized(model))
+    except KernelError:
+        pytest.skip("this ONNX Runtime does not know opset 25, which 2-bit integers need")
+
+
+def configured(scheme, tables="w8a16-g32-asym", heads=None, **options):
+    plan = SchemePlan(Scheme.parse(scheme), Scheme.parse(tables), Scheme.parse(heads or tables))
+    return context(plan=plan, **options)
+
+
+def qdq(model, scheme="w4a16-g32-asym", *others):
+    """The model in QDQ form; the weights it stands for, float32 [N, K], by site; what the pass said of each."""
+    ctx = configured(scheme, *others, output_format="qdq")
+    quantized(model, ctx)
+    weights = {site.name: site.quantized.dequantized() for site in find_sites(model)[0] if site.quantized}
+    apply("raise_opset", model, ctx)
+    result = apply("export_qdq", model, ctx)
+    assert result.modified
+    assert only(result, "fused") == list(weights)
+    apply("cleanup", model, ctx)
+    return model, weights, {record.site: record.reason for record in result.records}
+
+
+def matmul_nbits(model, scheme, *others):
+    """The model in the other form, with exact compute."""
+    ctx = configured(scheme, *others, accuracy_level=0)
+    quantized(model, ctx)
+    for name in ("fuse_gather", "fuse_matmul_nbits", "cleanup"):
+        apply(name, model, ctx)
+    return model
+
+
+def assert_close(found, expected):
+    """Alike up to rounding in float32."""
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("size", ["g16", "g32", "g64", "g128", "g256", "channel"])
+@SYMMETRY
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_format_computes_and_fuses_exactly(bits, size, form, run_fused, request):
+    if bits == 2:
+        request.getfixturevalue("opset_25")
+    scheme, feeds = f"w{bits}a16-{size}-{form}", {"x": normal((3, 200), 5)}  # K = 200 leaves ragged last blocks
+    for op in ("MatMul", "Gemm"):
+        model, weights, _ = qdq(linear_model(200, 24, op=op, opset=12), scheme)
+        assert_close(run(model, feeds)[0], feeds["x"] @ weights["fc"].T)
+        outputs, operators = run_fused(model, feeds)
+        assert operators == ["MatMulNBits"]
+        assert_close(outputs[0], run(matmul_nbits(linear_model(200, 24, op=op), scheme), feeds, optimize=True)[0])
+
+
+@SYMMETRY
+@pytest.mark.parametrize("N", [5, 6, 7])
+def test_two_bits_with_an_odd_number_of_columns_are_held_in_four(form, N, run_fused):
+    feeds = {"x": normal((3, 96), 5)}
+    model, weights, notes = qdq(linear_model(96, N, opset=12), f"w2a16-g32-{form}")
+    assert model.opset_imports[""] == 21
+    assert notes["fc"] == (
+        f"DequantizeLinear of {'int4' if form == 'sym' else 'uint4'}, block 32, holding 2-bit codes because N = {N} is "
+        "no multiple of 4"
+    )
+    outputs, operators = run_fused(model, feeds)
+    assert operators == ["MatMulNBits"]
+    assert_close(outputs[0], feeds["x"] @ weights["fc"].T)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("[fc] y = MatMul (x, w)", ["y = MatMul(x, dq)"]),
+        ("t = Transpose <perm = [1, 0]> (wt) [fc] y = MatMul (x, t)", ["y = MatMul(x, dq)"]),
+        ("[fc] y = Gemm (x, w)", ["y = Gemm(x, dq)"]),
+        ("[fc] y = Gemm <transB = 1> (x, wt, b)", ["y = Gemm(x, dq, b)"]),
+        ("[fc] y = Gemm (x, w, c)", ["y = Gemm(x, dq, c)"]),
+        ("[fc] y = Gemm (x, w, row)", ["y = Gemm(x, dq, row_vector)"]),
+        ("[fc] y = Gemm (x, w, one)", ["fc_MatMul_output = MatMul(x, dq)", "y = Add(fc_MatMul_output, one)"]),
+        ("[fc] h = MatMul (x, w) y = Add (row, h)", ["h = MatMul(x, dq)", "y = Add(row_vector, h)"]),
+        ("[fc] h = MatMul (x, w) y = Add (h, one)", ["h = MatMul(x, dq)", "y = Add(h, one)"]),
+    ],
+)
+def test_the_graph_before_and_after(before, after, run_fused):
+    w, b = normal((64, 24), 0), normal(24, 1)
+    known = {"w": w, "wt": w.T.copy(), "b": b, "row": b[None], "one": b[:1], "c": b}
+    (stored,) = {"w", "wt"} & set(before.replace(")", " ").replace(",", " ").replace("(", " ").split())
+    (bias,) = {"b", "row", "one", "c"} & set(before.replace(")", " ").replace(",", " ").replace("(", " ").split()) or (
+        "",
+    )
+    constants = {name: known[name] for name in (stored, bias) if name not in ("", "c")}
+    text = f"g (float[M,64] x, float[24] c) => (float[M,24] y) {{ {before} }}"
+    model, weights, _ = qdq(parse(text, constants))
+    decode = f"dq = DequantizeLinear({stored}_codes, {stored}_scales, {stored}_zero_points)"
+    assert [line.replace("fc_DequantizeLinear_output", "dq") for line in text_of(model)] == [decode, *after]
+    assert all(PASS_KEY in node.metadata_props for node in model.graph if node.name.startswith("fc"))
+    feeds = {"x": normal((3, 64), 2), "c": b}
+    (values,) = weights.values()
+    expected = feeds["x"] @ values.T + (known[bias] if bias else 0)
+    outputs, operators = run_fused(model, feeds)
+    assert "MatMulNBits" in operators
+    assert "DequantizeLinear" not in operators
+    assert_close(outputs[0], expected)
+    assert_close(run(model, feeds)[0], expected)
+
+
+def test_a_bias_that_gives_the_result_an_axis_is_left_alone():
+    text = "g (float[64] x) => (float[1,24] y) { [fc] h = MatMul (x, w) y = Add (h, row) }"
+    model, *_ = qdq(parse(text, {"w": normal((64, 24), 0), "row": normal((1, 24), 1)}))
+    assert text_of(model)[1:] == ["h = MatMul(x, fc_DequantizeLinear_output)", "y = Add(h, row)"]
+    assert run(model, {"x": normal(64, 2)})[0].shape == (1, 24)
+
+
+def test_a_weight_with_a_leading_one_becomes_a_matrix(run_fused):
+    text = "g (float[B,S,64] x) => (float[B,S,24] y) { [fc] y = MatMul (x, w) }"
+    model, weights, _ = qdq(parse(text, {"w": normal((1, 64, 24), 0)}))
+    x = normal((2, 3, 64), 1)
+    outputs, operators = run_fused(model, {"x": x})
+    assert operators == ["MatMulNBits"]
+    assert_close(outputs[0], x @ weights["fc"].T)
+
+
+def test_half_precision_stays_half_precision(run_fused):
+    model, *_ = qdq(linear_model(64, 24, dtype="float16", bias=True))
+    feeds = {"x": normal((3, 64), 1, "float16")}
+    outputs, operators = run_fused(model, feeds)
+    assert operators == ["Cast", "Cast", "MatMulNBits"]
+    assert outputs[0].dtype == np.float16
+    np.testing.assert_allclose(outputs[0], run(model, feeds)[0], atol=0.05)  # sums in float16 and in float32
+
+
+def test_sites_that_share_a_weight_have_constants_of_their_own_that_are_stored_once(run_fused, tmp_path):
+    text = """g (float[M,256] x) => (float[M,256] y, float[M,256] z) {
+        [first] h = MatMul (x, w) [second] y = MatMul (h, w) r = Relu (h) [third] z = Gemm (r, w) }"""
+    model, *_ = qdq(parse(text, {"w": normal((256, 256), 0, scale=0.1)}), "w8a16-g64-sym")
+    feeds = {"x": normal((3, 256), 1)}
+    outputs, operators = run_fused(model, feeds)
+    assert operators == ["MatMulNBits", "MatMulNBits", "MatMulNBits", "Relu"]
+    for fused, plain in zip(outputs, run(model, feeds), strict=True):
+        assert_close(fused, plain)
+    _, data = save_model(model, tmp_path / "shared.onnx", force=False, external=True)
+    assert data.stat().st_size == 256 * 256 + 4 * 256 * 4
+
+
+LOOKUP = "g (int64[B,S] i) => (float[B,S,64] y) { [embed] y = Gather (w, i) }"
+
+
+@SYMMETRY
+@pytest.mark.parametrize("size", ["g16", "g64", "channel"])
+def test_a_lookup_table_is_exact(size, form, run_fused):
+    scheme = f"w8a16-{size}-{form}"
+    model, weights, notes = qdq(parse(LOOKUP, {"w": normal((300, 64), 0)}, opset=13), "w4a16", scheme)
+    zeros = ", embed_Gather_2_output" if form == "asym" else ""
+    assert text_of(model)[-1] == f"y = DequantizeLinear(embed_Gather_output, embed_Gather_1_output{zeros})"
+    block = 16 if size == "g16" else 64
+    assert notes["embed"] == f"Gather, DequantizeLinear of {'int8' if form == 'sym' else 'uint8'}, block {block}"
+    rows = np.array([[0, 5, 299], [-1, 7, -300]])
+    for outputs in (run(model, {"i": rows}), run_fused(model, {"i": rows})[0]):
+        np.testing.assert_array_equal(outputs[0], weights["embed"][rows])
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (1, 2, 3, 1)])
+def test_indices_of_any_rank_and_a_turned_table(shape):
+    axes = ",".join(map(str, shape))
+    text = f"""g (int64{f"[{axes}]" if shape else ""} i) => (float16[{axes + "," if shape else ""}72] y) {{
+        t = Transpose <perm = [1, 0]> (w) [embed] y = Gather (t, i) }}"""
+    model, weights, _ = qdq(parse(text, {"w": normal((72, 300), 0, "float16")}), "w4a16", "w8a16-g64-asym")  # K ragged
+    rows = np.random.default_rng(1).integers(0, 300, shape)
+    (found,) = run(model, {"i": rows})
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, weights["embed"].astype(np.float16)[rows])
+
+
+TIED = """g (int64[B,S] i) => (float[B,S,600] y, float[B,S,64] h) {
+    [embed] h = Gather (w, i) t = Transpose <perm = [1, 0]> (w) [head] y = MatMul (h, t) }"""
+
+
+@SYMMETRY
+@pytest.mark.parametrize("size", ["g32", "channel"])
+def test_tied_weights_are_stored_once_and_fuse(size, form, run_fused, tmp_path):
+    scheme = f"w8a16-{size}-{form}"
+    model, weights, notes = qdq(parse(TIED, {"w": normal((600, 64), 0)}), "w4a16", scheme)
+    assert notes["head"].endswith(", codes shared with the lookup table")
+    assert len([v for v in model.graph.initializers.values() if v.const_value.size == 600 * 64]) == 1
+    feeds = {"i": np.array([[3, 599], [0, 7]])}
+    outputs, operators = run_fused(model, feeds)
+    assert operators.count("MatMulNBits") == 1
+    assert operators.count("DequantizeLinear") == 1  # of the rows that were looked up
+    assert "Transpose" not in operators
+    np.testing.assert_array_equal(outputs[1], weights["embed"][feeds["i"]])
+    ours = run(matmul_nbits(parse(TIED, {"w": normal((600, 64), 0)}), "w4a16", scheme), feeds, optimize=True)
+    for found, plain, expected in zip(outputs, run(model, feeds), ours, strict=True):
+        assert_close(found, expected)
+        assert_close(plain, expected)
+
+
+def test_a_second_projection_of_a_tied_weight_has_constants_of_its_own(run_fused):
+    text = """g (int64[S] i) => (float[S,600] y, float[S,600] z) {
+        [embed] h = Gather (w, i) t = Transpose <perm = [1, 0]> (w) [head] y = MatMul (h, t)
+        r = Relu (h) [other] z = Gemm <transB = 1> (r, w) }"""
+    model, _, notes = qdq(parse(text, {"w": normal((600, 64), 0)}), "w4a16")
+    assert [note.endswith("shared with the lookup table") for note in notes.values()] == [False, True, False]
+    feeds = {"i": np.array([3, 599])}
+    outputs, operators = run_fused(model, feeds)
+    assert operators.count("MatMulNBits") == 2
+    for found, plain in zip(outputs, run(model, feeds), strict=True):
+        assert_close(found, plain)
+
+
+def test_a_weight_around_a_body_is_given_to_the_body(run_fused):
+    text = """g (float[M,64] x, bool c) => (float[M,24] y) { [if] y = If (c) <
+        then_branch = t () => (float[M,24] a) { [yes] a = MatMul (x, w) },
+        else_branch = e () => (float[M,24] b) { [no] n = Neg (x) [no_fc] b = MatMul (n, w) }> }"""
+    model, weights, _ = qdq(parse(text, {"w": normal((64, 24), 0)}))
+    for flag in (True, False):
+        feeds = {"x": normal((3, 64), 1), "c": np.array(flag)}
+        outputs, operators = run_fused(model, feeds)
+        assert operators == ["If", "MatMulNBits", "MatMulNBits", "Neg"]
+        assert_close(outputs[0], (feeds["x"] if flag else -feeds["x"]) @ weights["yes"].T)
+
+
+def test_a_tied_projection_in_a_body_reads_the_table_around_it(run_fused):
+    text = """g (int64[S] i, bool c) => (float[S,600] y) { [embed] h = Gather (w, i) [if] y = If (c) <
+        then_branch = t () => (float[S,600] a) { [head] a = Gemm <transB = 1> (h, w) },
+        else_branch = e () => (float[S,600] b) { n = Neg (h) [other] b = Gemm <transB = 1> (n, w) }> }"""
+    model, weights, _ = qdq(parse(text, {"w": normal((600, 64), 0)}), "w4a16")
+    for flag in (True, False):
+        feeds = {"i": np.array([3, 599]), "c": np.array(flag)}
+        outputs, operators = run_fused(model, feeds)
+        assert operators.count("MatMulNBits") == 2
+        rows = weights["embed"][feeds["i"]]
+        assert_close(outputs[0], (rows if flag else -rows) @ weights["embed"].T)
+
+
+def test_the_ir_version_is_what_the_integer_type_needs(tmp_path, opset_25):
+    del opset_25
+    for scheme, version in (("w8a16-g32-sym", 8), ("w4a16-g32-sym", 10), ("w2a16-g32-sym", 13)):
+        path = tmp_path / f"{scheme}.onnx"
+        model, *_ = qdq(linear_model(64, 24, ir_version=8), scheme)
+        save_model(model, path, force=False)
+        proto = onnx.load(path)
+        assert proto.ir_version == version
+        onnx.checker.check_model(proto, full_check=True)
+        OrtRunner(path)
+
+
+def test_codes_are_not_in_memory_twice():
+    ctx = configured("w4a16-g128-asym", output_format="qdq")
+    model = quantized(linear_model(2048, 1024), ctx)
+    gc.collect()
+    tracemalloc.start()
+    apply("export_qdq", model, ctx)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2048 * 1024 / 2 / 4  # a quarter of the packed codes
+
+
+def test_without_quantized_sites_nothing_happens():
+    model = linear_model()
+    before = ir.serde.serialize_model(model)
+    result = apply("export_qdq", model)
+    assert not result.modified
+    assert result.records == ()
+    assert ir.serde.serialize_model(model) == before
+
+
+CONV = "g (float[1,64,8] x) => (float[1,24,8] y) { [conv] y = Conv (x, w) }"
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "opset", "message"),
+    [
+        (
+            CONV,
+            (24, 64, 1),
+            21,
+            "export_qdq: 'conv' is a Conv of 4 bits, which has no QDQ form; leave it float with --ignore 'conv', or use "
+            "--format matmulnbits",
+        ),
+        (
+            LOOKUP,
+            (300, 64),
+            21,
+            "export_qdq: 'embed' is a Gather of 4 bits, which has no QDQ form; leave it float with --ignore 'embed', or "
+            "use --format matmulnbits",
+        ),
+        (
+            "g (float[M,64] x) => (float[M,24] y) { [fc] y = MatMul (x, w) }",
+            (64, 24),
+            20,
+            "export_qdq: 'fc' needs DequantizeLinear of opset 21, but the model is of opset 20; run raise_opset before",
+        ),
+    ],
+)
+def test_what_has_no_such_form_is_refused(text, shape, opset, message):
+    model = quantized(parse(text, {"w": normal(shape, 0)}, opset=opset), configured("w4a16-g32", "w4a16-g32"))
+    with pytest.raises(PassError) as caught:
+        apply("export_qdq", model)
+    assert str(caught.value) == message
