@@ -5,14 +5,14 @@
 2. A Gemm loses its transB. Its c stays where it is one value a column, which becomes the bias of MatMulNBits; a
    constant of shape [1, N], also that of an Add behind a MatMul, is given the shape [N]; with any other c the Gemm
    becomes MatMul and Add. Left as they were, these weights would be dequantized on every run.
-3. A lookup table keeps its rows, codes [N, G, group size], or [N, K] with one group a row: Gather fetches rows of codes,
-   scales and zero points; Cast, Sub and Mul decode what was fetched. A DequantizeLinear there would be taken for a
-   quantized activation: ONNX Runtime fails on a MatMul behind it.
+3. A lookup table keeps its rows, codes [N, G, group size], or [N, K] with one group a row: Gather fetches rows of
+   codes, scales and zero points; Cast, Sub and Mul decode what was fetched. A DequantizeLinear there would be taken for
+   a quantized activation: ONNX Runtime fails on a MatMul behind it.
 4. The projection that shares its weight with a lookup table reads the table's constants through Transpose and Reshape,
    which are folded when the model is loaded: the codes are stored once. This works for one reader, since a second would
-   get the same folded constant, and ONNX Runtime does not fuse a constant that two nodes read. For the same reason every
-   other site has a DequantizeLinear and constants of its own, in the graph of its node; the data file holds equal ones
-   once.
+   get the same folded constant, and ONNX Runtime does not fuse a constant that two nodes read. For the same reason
+   every other site has a DequantizeLinear and constants of its own, in the graph of its node; the data file holds equal
+   ones once.
 
 Symmetric weights are signed, ``code - mid``, without zero points; others are unsigned. Codes are turned and packed when
 the model is written, so that memory never holds them twice.
@@ -28,7 +28,7 @@ from qcompiler.config import CompileConfig
 from qcompiler.errors import PassError
 from qcompiler.graph import PASS_KEY, Site, constant_array, unique_name
 from qcompiler.lowering import add_constant, make_node, replace_nodes
-from qcompiler.numerics.packing import integer_codes, pack_codes, transpose_packed
+from qcompiler.numerics.packing import integer_codes, pack_codes, pack_matmul_nbits, transpose_packed
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
@@ -80,58 +80,62 @@ class ExportQdq(QuantPass):
             shift = self._node(site, "Cast", zero, to=int(tensor.dtype))
             new += [shift, self._node(site, "Sub", [new[-1].outputs[0], shift.outputs[0]])]
         new.append(self._node(site, "Mul", [new[-1].outputs[0], scale]))
-        if tensor.scale.shape[1] > 1:
+        if _groups(tensor) > 1:
             new += self._joined(site, tensor, new[-1].outputs[0])
         replace_nodes(_graph(site), [site.node], new, new[-1].outputs[0])
-        return f"Gather of {_dtype(tensor, 8).name.lower()}, Cast, Mul, {_form(tensor)}"
+        return f"Gather of {_dtype(tensor, tensor.spec.bits).name.lower()}, Cast, Mul, {_form(tensor)}"
 
     def _joined(self, site: Site, tensor: QuantizedTensor, values: ir.Value) -> list[ir.Node]:
         """Nodes that make rows [..., K] of values [..., G, group size]."""
-        groups, size, indices = tensor.scale.shape[1], tensor.spec.group_size, site.input
+        indices, width = site.input, _groups(tensor) * tensor.spec.group_size
+        nodes: list[ir.Node] = []
         if indices.shape is not None:
-            nodes, shape = [], self._sizes(site, "shape", *[0] * indices.shape.rank(), groups * size)
+            shape = _sizes(site, "shape", *[0] * indices.shape.rank(), width)
         else:
-            nodes = [self._node(site, "Shape", [indices])]
-            nodes.append(self._node(site, "Concat", [nodes[0].outputs[0], self._sizes(site, "width", groups * size)], axis=0))
+            nodes.append(self._node(site, "Shape", [indices]))
+            nodes.append(self._node(site, "Concat", [nodes[0].outputs[0], _sizes(site, "width", width)], axis=0))
             shape = nodes[-1].outputs[0]
         nodes.append(self._node(site, "Reshape", [values, shape]))
-        if groups * size != tensor.columns:
+        if width != tensor.columns:
             nodes.append(self._cut(site, nodes[-1].outputs[0], tensor.columns, axis=-1))
         return nodes
 
     def _cut(self, site: Site, value: ir.Value, end: int, axis: int) -> ir.Node:
         """The node that keeps the first `end` places of an axis."""
         limits = (("start", 0), ("end", end), ("axis", axis))
-        return self._node(site, "Slice", [value, *(self._sizes(site, name, number) for name, number in limits)])
+        return self._node(site, "Slice", [value, *(_sizes(site, name, number) for name, number in limits)])
 
     def _rewrite_linear(self, site: Site, tensor: QuantizedTensor, table: Constants | None) -> str:
         width = qdq_width(tensor.spec.bits, tensor.rows)
-        blocks = tensor.scale.shape[1] > 1
-        before = [] if table is None else self._turned(site, table, blocks)
-        inputs = [step.outputs[0] for step in before] or _column_constants(site, tensor, width)
-        attributes = {"axis": 0, "block_size": tensor.spec.group_size} if blocks else {"axis": 1}
+        before: list[ir.Node] = []
+        if table is None:
+            inputs = _column_constants(site, tensor, width)
+        else:
+            chains = self._turned(site, tensor, table)
+            before = [step for chain in chains for step in chain]
+            inputs = [chain[-1].outputs[0] for chain in chains]
+        attributes = {"axis": 0, "block_size": tensor.spec.group_size} if _groups(tensor) > 1 else {"axis": 1}
         decode = self._node(site, "DequantizeLinear", inputs, **attributes)
         _graph(site).insert_before(site.node, [*before, decode])
         self._read_columns(site, decode.outputs[0])
-        form = f"block {tensor.spec.group_size}" if blocks else "per channel"
-        note = f"DequantizeLinear of {_dtype(tensor, width).name.lower()}, {form}"
+        note = f"DequantizeLinear of {_dtype(tensor, width).name.lower()}, {_form(tensor)}"
         if width != tensor.spec.bits:
             note += f", holding {tensor.spec.bits}-bit codes because N = {tensor.rows} is no multiple of 4"
         return note if table is None else f"{note}, codes shared with the lookup table"
 
     def _turned(self, site: Site, tensor: QuantizedTensor, table: Constants) -> list[list[ir.Node]]:
-        """For each constant of a table the nodes that give it the shape that `_column_constants` would."""
-        groups, rows = tensor.scale.shape[1], tensor.rows
-        if groups == 1:
-            flat = self._sizes(site, "flat", -1)
-            codes = [self._node(site, "Transpose", [table[0]], perm=[1, 0])]
-            return [codes, *([self._node(site, "Reshape", [part, flat])] for part in table[1:])]
-        columns, turned = self._sizes(site, "columns", -1, rows), []
-        for part, order in zip(table, ([1, 2, 0], [1, 2, 0], [1, 2, 0]), strict=False):
-            nodes = [self._node(site, "Transpose", [part], perm=order)]
-            nodes.append(self._node(site, "Reshape", [nodes[0].outputs[0], columns]))
-            turned.append(nodes)
-        if groups * tensor.spec.group_size != tensor.columns:
+        """For each constant of a table the nodes that give it the shape of `_column_constants`."""
+        codes, *others = table
+        if _groups(tensor) == 1:
+            flat = _sizes(site, "flat", -1)
+            turned = [[self._node(site, "Transpose", [codes], perm=[1, 0])]]
+            return turned + [[self._node(site, "Reshape", [part, flat])] for part in others]
+        columns, turned = _sizes(site, "columns", -1, tensor.rows), []
+        for part in table:
+            chain = [self._node(site, "Transpose", [part], perm=[1, 2, 0])]
+            chain.append(self._node(site, "Reshape", [chain[0].outputs[0], columns]))
+            turned.append(chain)
+        if tensor.columns % tensor.spec.group_size:
             turned[0].append(self._cut(site, turned[0][-1].outputs[0], tensor.columns, axis=0))
         return turned
 
@@ -175,7 +179,7 @@ def _check(site: Site, opset: int) -> None:
     needed = qdq_opset(tensor.spec, tensor.rows, tensor.columns, lookup=lookup)
     if opset < needed:
         raise PassError(
-            f"export_qdq: '{site.name}' needs DequantizeLinear of opset {needed}, but the model is of opset {opset}; "
+            f"export_qdq: '{site.name}' needs operators of opset {needed}, but the model is of opset {opset}; "
             "run raise_opset before"
         )
 
@@ -184,28 +188,51 @@ def _dtype(tensor: QuantizedTensor, width: int) -> ir.DataType:
     return ir.DataType[f"{'' if tensor.spec.symmetric else 'U'}INT{width}"]
 
 
+def _groups(tensor: QuantizedTensor) -> int:
+    return int(tensor.scale.shape[1])
+
+
+def _form(tensor: QuantizedTensor) -> str:
+    return f"block {tensor.spec.group_size}" if _groups(tensor) > 1 else "per channel"
+
+
+def _sizes(site: Site, name: str, *numbers: int) -> ir.Value:
+    """A constant of shapes or limits."""
+    return add_constant(_graph(site), f"{site.weight.name}_{name}", np.array(numbers, np.int64))
+
+
 def _row_constants(site: Site) -> Constants:
-    """Constants of a lookup table: codes [N, K], scales and zero points [N, G], where its weight is."""
+    """Constants of a lookup table, where its weight is.
+
+    Codes [N, G, group size], scales and zero points [N, G, 1]; for G = 1 codes [N, K], scales and zero points [N, 1].
+    """
     tensor, graph, name = site.quantized, site.weight.graph, site.weight.name
     assert tensor is not None and graph is not None
-    bits, signed = tensor.spec.bits, tensor.spec.symmetric
+    spec, columns = tensor.spec, tensor.columns
+    blocks = _groups(tensor) > 1
+    shape = (tensor.rows, _groups(tensor), spec.group_size) if blocks else (tensor.rows, columns)
 
     def codes() -> np.ndarray:
-        return integer_codes(tensor.packed, bits, signed=signed, width=bits)
+        size = spec.group_size if blocks else columns
+        padded = pack_matmul_nbits(tensor.packed, spec.bits, columns, size, spec.format.mid)
+        return integer_codes(padded, spec.bits, signed=spec.symmetric, width=spec.bits)
+
+    def one_a_group(array: np.ndarray) -> np.ndarray:
+        return array[:, :, None] if blocks else array
 
     made = [
-        _add_lazily(graph, f"{name}_table", _dtype(tensor, bits), (tensor.rows, tensor.columns), codes),
-        add_constant(graph, f"{name}_table_scales", tensor.scale),
+        _add_lazily(graph, f"{name}_table", _dtype(tensor, spec.bits), shape, codes),
+        add_constant(graph, f"{name}_table_scales", one_a_group(tensor.scale)),
     ]
     if tensor.zero_point is not None:
-        made.append(add_constant(graph, f"{name}_table_zero_points", tensor.zero_point))
+        made.append(add_constant(graph, f"{name}_table_zero_points", one_a_group(tensor.zero_point)))
     return tuple(made)
 
 
 def _column_constants(site: Site, tensor: QuantizedTensor, width: int) -> list[ir.Value]:
     """Constants of a linear site: codes [K, N], scales and zero points [G, N], or [N] for G = 1, where its node is."""
     graph, name, bits, signed = _graph(site), site.weight.name, tensor.spec.bits, tensor.spec.symmetric
-    scale = tensor.scale.T if tensor.scale.shape[1] > 1 else tensor.scale[:, 0]
+    scale = tensor.scale.T if _groups(tensor) > 1 else tensor.scale[:, 0]
 
     def codes() -> np.ndarray:
         return transpose_packed(tensor.packed, bits, tensor.columns, signed=signed, width=width)

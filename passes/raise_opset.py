@@ -1,7 +1,7 @@
 """Raise the model's standard opset, where the output form needs it or --opset asks for it.
 
-1. The lowest opset that works is taken: exactly what --opset says, else that of the DequantizeLinear which the assigned
-   formats need (QDQ). Where that is the model's opset, or a lower one, nothing is changed.
+1. The lowest opset that works is taken: exactly what --opset says, else that in which the assigned formats can be
+   written (QDQ). Where that is the model's opset, or a lower one, nothing is changed.
 2. Nodes of operators that changed their form on the way are rewritten (see `opset_rules`), in every body.
 3. A node that cannot be rewritten is a PassError that names it; an --opset that cannot be had is a SchemeError.
 
@@ -91,7 +91,7 @@ def _needed(model: ir.Model, config: CompileConfig) -> tuple[int, str]:
             continue
         opset = qdq_opset(spec, site.rows, site.columns, lookup=site.role == "embedding")
         if opset > needed:
-            needed, why = opset, f"DequantizeLinear of '{site.name}' as {spec} needs {opset}"
+            needed, why = opset, f"'{site.name}' as {spec} needs {opset}"
     return needed, why
 
 

@@ -24,7 +24,8 @@ def input_specs(model: ir.Model) -> list[InputSpec]:
         if value.name is None or value.is_initializer() or value.dtype is None:
             continue
         shape = value.shape if value.shape is not None else ()
-        dims = tuple(d if isinstance(d, int) else d.value for d in shape)
+        # Some exporters write -1 for a dimension that they do not know.
+        dims = tuple((d if d >= 0 else None) if isinstance(d, int) else d.value for d in shape)
         dtype = "str" if value.dtype == ir.DataType.STRING else value.dtype.numpy().name
         specs.append(InputSpec(value.name, dtype, dims))
     return specs

@@ -14,8 +14,8 @@ from qcompiler.verify import Verification, verify
 
 __all__ = ["bench_models", "compare_models", "verify_output"]
 
-# More held-out rows than this tell nothing new.
-_MOST_HELD_OUT = 16
+# More rows cost more than they tell: the difference of two models varies little from row to row.
+_MOST_HELD_OUT = 4
 
 
 def verify_output(

@@ -86,12 +86,15 @@ def stored_shape(layout: str, rows: int, columns: int) -> tuple[int, ...]:
 def to_stored(weight: np.ndarray, layout: str) -> np.ndarray:
     """[N, K] -> the shape that the model stores; a view."""
     shape = stored_shape(layout, *weight.shape)
-    oriented = weight.T if layout in ("KN", "1KN") else weight
-    return oriented.reshape(shape)
+    stored: np.ndarray = (weight.T if layout in ("KN", "1KN") else weight).reshape(shape)
+    return stored
 
 
 def from_stored(weight: np.ndarray, layout: str) -> np.ndarray:
     """The shape that the model stores -> [N, K]; a view."""
+    matrix: np.ndarray
     if layout in ("KN", "1KN"):
-        return weight.reshape(weight.shape[-2:]).T
-    return weight.reshape(weight.shape[:2])
+        matrix = weight.reshape(weight.shape[-2:])
+        return matrix.T
+    matrix = weight.reshape(weight.shape[:2])
+    return matrix

@@ -1,20 +1,23 @@
 """OrtRunner: ONNX Runtime sessions as the compiler needs them."""
 
+import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from qcompiler.errors import KernelError
 from qcompiler.runtime import preload_cuda, require_onnxruntime
 
-__all__ = ["Feeds", "InputSpec", "OrtRunner", "cpu_threads", "single_threaded_blas"]
+__all__ = ["Executed", "Feeds", "InputSpec", "OrtRunner", "cpu_threads", "single_threaded_blas"]
 
 Feeds = dict[str, np.ndarray]
+_KERNEL_EVENT = "_kernel_time"
 _NUMPY_OF_ORT = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -56,6 +59,14 @@ def single_threaded_blas() -> Iterator[None]:
         yield
 
 
+class Executed(NamedTuple):
+    """A node that ran: its name, its operator after all of ONNX Runtime's rewriting, and the provider it ran on."""
+
+    name: str
+    op_type: str
+    provider: str
+
+
 class OrtRunner:
     """A session whose large weights may be fed as graph inputs, so that they are neither copied nor packed."""
 
@@ -67,7 +78,10 @@ class OrtRunner:
         threads: int = 0,
         optimize: bool = True,
         prepack: bool = True,
+        arena: bool = True,
         constants: Mapping[str, np.ndarray] | None = None,
+        folder: Path | None = None,
+        record: bool = False,
     ) -> None:
         """Load a model.
 
@@ -77,7 +91,10 @@ class OrtRunner:
             threads: Intra-op threads; 0 takes all cores.
             optimize: Graph optimizations on or off.
             prepack: Keep a packed copy of constant weights: faster, but a second copy of the float weights in memory.
+            arena: Keep memory that one run has freed for the next one.
             constants: Weights that are graph inputs of `model`, fed with every run.
+            folder: Where the external data of serialized bytes lies.
+            record: Note which nodes run, for `executed`.
 
         Raises:
             KernelError: ONNX Runtime refuses the model, or has no such provider.
@@ -87,22 +104,23 @@ class OrtRunner:
         if provider not in available:
             raise KernelError(f"provider {provider} is not in this ONNX Runtime; it has {', '.join(available)}")
         preload_cuda(provider)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = cpu_threads(threads)
-        # Idle threads that spin would take the cores from numpy between two runs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        level = onnxruntime.GraphOptimizationLevel
-        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
-        if not prepack:
-            options.add_session_config_entry("session.disable_prepacking", "1")
+        options = _options(threads, optimize, prepack)
+        options.enable_cpu_mem_arena = arena
+        if folder is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        self._record = tempfile.TemporaryDirectory(prefix="qcompiler-", ignore_cleanup_errors=True) if record else None
+        if self._record is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._record.name) / "run")
         source = str(model) if isinstance(model, Path) else model
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=[provider])
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types
-            where = f"'{model}'" if not isinstance(model, bytes) else "a part of the model"
+            self.close()
+            where = f"'{Path(model).name}'" if not isinstance(model, bytes) else "a part of the model"
+            how = f"on {provider} with optimizations {'on' if optimize else 'off'}"
             raise KernelError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot load {where}: {_first_line(error)}"
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {where} {how}: {_first_line(error)}"
             ) from error
         if provider not in self._session.get_providers():
             raise KernelError(
@@ -123,7 +141,18 @@ class OrtRunner:
         ]
 
     def run(self, feeds: Mapping[str, np.ndarray], outputs: list[str] | None = None) -> Feeds:
-        """Run once; returns the named outputs (all by default)."""
+        """Run once.
+
+        Args:
+            feeds: Every input that is not a constant.
+            outputs: Names of what is wanted; everything by default.
+
+        Returns:
+            The outputs. They lie in the session's memory, which lives as long as any of them: copy what you keep.
+
+        Raises:
+            KernelError: ONNX Runtime cannot run the model on these feeds.
+        """
         onnxruntime = require_onnxruntime()
         names = self.outputs if outputs is None else outputs
         values: dict[str, Any] = dict(self._constants)
@@ -134,6 +163,50 @@ class OrtRunner:
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types
             raise KernelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
         return {name: value.numpy() for name, value in zip(names, results, strict=True)}
+
+    def executed(self) -> list[Executed]:
+        """The distinct nodes that have run so far, where `record` was asked for; recording ends here."""
+        path = Path(self._session.end_profiling())
+        events = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        path.unlink()
+        found: dict[tuple[str, str], Executed] = {}
+        for event in events:
+            name, arguments = event.get("name", ""), event.get("args", {})
+            if event.get("cat") == "Node" and name.endswith(_KERNEL_EVENT):
+                node = Executed(
+                    name.removesuffix(_KERNEL_EVENT), arguments.get("op_name", ""), arguments.get("provider", "")
+                )
+                found.setdefault((node.name, str(arguments.get("node_index"))), node)
+        return list(found.values())
+
+    def close(self) -> None:
+        """Free the session and its record."""
+        self.__dict__.pop("_session", None)
+        if self._record is not None:
+            self._record.cleanup()
+
+    def __enter__(self) -> "OrtRunner":
+        """Use as a context manager: leaving it frees the session."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Free the session."""
+        self.close()
+
+
+def _options(threads: int, optimize: bool, prepack: bool) -> Any:
+    """ONNX Runtime's session options that every session here has."""
+    onnxruntime = require_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = cpu_threads(threads)
+    # Idle threads that spin would take the cores from numpy between two runs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    level = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
 
 
 def _usable(array: np.ndarray) -> np.ndarray:

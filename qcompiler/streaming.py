@@ -139,5 +139,6 @@ def _advance(
         for name, array in feeds.items():
             if name not in following:
                 scratch.drop(array)
-        following.update((name, scratch.keep(array)) for name, array in results.items())
+        # Copied, since a result keeps all memory of the session alive that made it.
+        following.update((name, scratch.keep(array.copy())) for name, array in results.items())
         boundary[batch] = following

@@ -94,11 +94,16 @@ def qdq_width(bits: int, rows: int) -> int:
 
 
 def qdq_opset(spec: WeightSpec, rows: int, columns: int, *, lookup: bool) -> int:
-    """The lowest opset whose DequantizeLinear takes an [N, K] weight: its blocks, integer type and scale type."""
+    """The lowest opset in which an [N, K] weight has a QDQ form, as DequantizeLinear knows its blocks and types.
+
+    A lookup table has none: plain arithmetic decodes it.
+    """
     width = qdq_width(spec.bits, rows)
+    if lookup:
+        return 13
     if width < 8:
         return 25 if width == 2 else 21
-    if lookup or spec.groups(columns) > 1:
+    if spec.groups(columns) > 1:
         return 21
     return 13 if spec.scale_dtype == "float32" else 19
 

@@ -31,7 +31,6 @@ from qcompiler.verify_audit import (
 )
 from qcompiler.verify_outputs import Closeness, Comparison, OutputMetrics, producers_of_logits
 from qcompiler.verify_rows import Sample, short_row
-from qcompiler.verify_session import OutputRunner
 
 __all__ = ["AccuracyLevelCost", "RunResult", "Verification", "verify"]
 
@@ -156,11 +155,18 @@ class _Job:
         how = f"on {provider} with optimizations {'on' if optimize else 'off'}"
         return Comparison(f"{self.output.name} {how}", self.producers, cpu_threads(self.threads))
 
-    def runner(self, provider: str, optimize: bool, model: bytes | None = None) -> OutputRunner:
+    def runner(self, provider: str, optimize: bool, model: bytes | None = None) -> OrtRunner:
         """A session on the file, or on a variant of it."""
         source = self.output if model is None else model
-        return OutputRunner(
-            source, self.output.parent, provider=provider, threads=self.threads, optimize=optimize, prepack=self.prepack
+        return OrtRunner(
+            source,
+            provider=provider,
+            threads=self.threads,
+            optimize=optimize,
+            prepack=self.prepack,
+            arena=self.prepack,
+            folder=None if model is None else self.output.parent,
+            record=True,
         )
 
 
@@ -205,7 +211,13 @@ def verify(
         job = _Job(output, model, producers_of_logits(model.graph), tuple(providers), threads)
         reference = _open_reference(source, threads, providers[0])
         row = held_out[0]
-        sample = short_row(reference, row)
+        try:
+            sample = short_row(reference, row)
+        except CalibrationError as error:
+            if not synthetic:
+                raise
+            del reference
+            return _load_only(job, str(error), time.perf_counter() - started, meter)
         if max_memory is not None and _needed(model, sample, row) > max_memory:
             del reference
             result = _run_little(replace(job, prepack=False), sample)
@@ -247,6 +259,32 @@ def _run_all(
     if nodes:
         found.cost = AccuracyLevelCost(nodes, found.runs[-1].close, exact)
     return found.verification(job, total, len(held_out), sample.positions)
+
+
+def _load_only(job: _Job, why: str, seconds: float, meter: MemoryMeter) -> Verification:
+    """The model is loaded in every way, but nothing is known that it could be run on."""
+    for provider in job.providers:
+        for optimize in (False, True):
+            job.runner(provider, optimize).close()
+    remark = f"loaded, but not compared, since made-up inputs do not fit: {why}"
+    logger.warning(
+        "the output could not be compared with the float model, made-up inputs do not fit; give --calibration"
+    )
+    return Verification(
+        (),
+        (),
+        None,
+        None,
+        None,
+        None,
+        {},
+        0,
+        0,
+        (remark,),
+        seconds=seconds,
+        peak_bytes=meter.peak_bytes,
+        synthetic=True,
+    )
 
 
 def _run_little(job: _Job, sample: Sample) -> Verification:
@@ -310,7 +348,7 @@ def _close(job: _Job, provider: str, sample: Sample, *, optimize: bool = True, m
     return comparison.closeness()
 
 
-def _audit(job: _Job, runner: OutputRunner, provider: str, sample: Sample, found: _Findings) -> Feeds:
+def _audit(job: _Job, runner: OrtRunner, provider: str, sample: Sample, found: _Findings) -> Feeds:
     """Run the short row with optimizations on and note how close it is and which operators ran; returns its outputs."""
     comparison = job.comparison(provider, True)
     outputs = runner.run(sample.feeds)

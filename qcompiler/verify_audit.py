@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 from qcompiler.errors import ModelError, PassError
-from qcompiler.verify_session import Executed
+from qcompiler.session import Executed
 
 __all__ = [
     "attribute",

@@ -1,5 +1,6 @@
 """The rules against ONNX Runtime: a model computes the same before and after, whatever its opset was."""
 
+import functools
 import os
 from collections import Counter
 from itertools import pairwise
@@ -114,6 +115,20 @@ CASES: list[tuple[int, str, dict[str, np.ndarray]]] = [
 ]  # fmt: skip
 
 
+@functools.cache
+def newest_opset():
+    """The newest that the ONNX Runtime at hand knows."""
+
+    def known(opset):
+        try:
+            run(parse("g (float[1] x) => (float[1] y) { y = Neg (x) }", opset=opset), {"x": X[0, 0, 0, :1]})
+        except Exception:
+            return False
+        return True
+
+    return next(opset for opset in range(MAX_OPSET, 20, -1) if known(opset))
+
+
 def raised(opset, target, text, weights, **options):
     """The raised model, and what the unraised one computes."""
     model, feeds = parse(text, weights, opset=opset, ir_version=8), options.pop("feeds", {"x": X})
@@ -133,8 +148,8 @@ def assert_same(model, expected, feeds):
 
 @pytest.mark.parametrize(("opset", "nodes", "weights"), CASES, ids=[f"{nodes} at {o}" for o, nodes, _ in CASES])
 def test_a_raised_model_computes_the_same(opset, nodes, weights):
-    for target in (11, 13, 18, 21, MAX_OPSET):
-        if target > opset and not ("RoiAlign" in nodes and target == MAX_OPSET):
+    for target in (11, 13, 18, 21, newest_opset()):
+        if target > opset and not ("RoiAlign" in nodes and target > 21):
             model, *rest = raised(opset, target, f"g ({SIGNATURE}) => (float[] y) {{ {nodes} }}", weights)
             assert_same(model, *rest)
 

@@ -1,0 +1,93 @@
+"""Rows of features out of activations, and their second moments."""
+
+import numpy as np
+import pytest
+
+from qcompiler.errors import NumericsError
+from qcompiler.statistics import Hessian, feature_rows
+from tests.builders import normal
+
+MASK = np.array([[1, 1, 0], [1, 0, 0]], bool)
+
+
+def test_the_last_axis_holds_the_features():
+    value = normal((2, 3, 4), 0)
+    assert np.array_equal(feature_rows(value, -1, None), value.reshape(6, 4))
+    assert np.array_equal(feature_rows(value, 2, None), value.reshape(6, 4))
+    assert np.array_equal(feature_rows(value[0], -1, None), value[0])
+    assert np.array_equal(feature_rows(value[0, 0], -1, None), value[0, :1])
+
+
+def test_a_convolution_has_its_features_on_axis_1():
+    value = normal((2, 3, 4, 5), 1)
+    rows = feature_rows(value, 1, None)
+    assert rows.shape == (40, 3)
+    assert rows.flags.c_contiguous
+    assert np.array_equal(rows[1 * 20 + 2 * 5 + 3], value[1, :, 2, 3])
+    assert np.array_equal(feature_rows(value[..., 0], 1, None)[5], value[1, :, 1, 0])
+
+
+def test_padding_is_left_out_of_rows_and_of_flattened_rows():
+    """Some exporters flatten [B, S, K] before a Gemm."""
+    value = normal((2, 3, 4), 2)
+    wanted = value[[0, 0, 1], [0, 1, 0]]
+    assert np.array_equal(feature_rows(value, -1, MASK), wanted)
+    assert np.array_equal(feature_rows(value.reshape(6, 4), -1, MASK), wanted)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (3, 2, 4), (5, 4), (2, 3, 2, 4), (4,)])
+def test_a_mask_of_another_shape_masks_nothing(shape):
+    value = normal(shape, 3)
+    assert np.array_equal(feature_rows(value, -1, MASK), value.reshape(-1, 4))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_rows_are_float32(dtype):
+    rows = feature_rows(normal((3, 4), 4, dtype), -1, None)
+    assert rows.dtype == np.float32
+    assert rows.flags.c_contiguous
+
+
+def test_second_moments_are_summed_over_batches():
+    hessian = Hessian(5)
+    batches = [normal((n, 5), n) for n in (7, 1, 12)]
+    for rows in batches:
+        hessian.add(*hessian.product(rows))
+    facts = hessian.facts("site")
+    everything = np.concatenate(batches).astype(np.float64)
+    assert facts.tokens == 20
+    assert facts.hessian.dtype == np.float64
+    assert np.allclose(facts.hessian, everything.T @ everything, rtol=1e-5)
+
+
+def test_many_small_batches_lose_nothing_beside_a_large_one():
+    """Across batches sums are float64: 1000 times 1e-4 beside 1e8 would be lost in float32."""
+    hessian = Hessian(1)
+    hessian.add(*hessian.product(np.full((1, 1), 1e4, np.float32)))
+    for _ in range(1000):
+        hessian.add(*hessian.product(np.full((1, 1), 1e-2, np.float32)))
+    assert hessian.total[0, 0] - 1e8 == pytest.approx(0.1, rel=1e-4)
+
+
+def test_no_rows_add_nothing():
+    hessian = Hessian(3)
+    hessian.add(*hessian.product(np.zeros((0, 3), np.float32)))
+    facts = hessian.facts("site")
+    assert facts.tokens == 0
+    assert not facts.hessian.any()
+
+
+def test_features_that_do_not_fit_the_weight_are_an_error_with_both_figures():
+    with pytest.raises(NumericsError, match="an activation has 4 features where the weight has K = 5"):
+        Hessian(5).product(np.zeros((2, 4), np.float32))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_an_error_that_names_the_site(bad):
+    hessian = Hessian(2)
+    rows = normal((4, 2), 5)
+    rows[2, 1] = bad
+    with np.errstate(invalid="ignore"):
+        hessian.add(*hessian.product(rows))
+    with pytest.raises(NumericsError, match="the activation that 'mlp.down' reads holds NaN or infinity"):
+        hessian.facts("mlp.down")
