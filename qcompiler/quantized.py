@@ -92,9 +92,6 @@ def to_stored(weight: np.ndarray, layout: str) -> np.ndarray:
 
 def from_stored(weight: np.ndarray, layout: str) -> np.ndarray:
     """The shape that the model stores -> [N, K]; a view."""
-    matrix: np.ndarray
     if layout in ("KN", "1KN"):
-        matrix = weight.reshape(weight.shape[-2:])
-        return matrix.T
-    matrix = weight.reshape(weight.shape[:2])
-    return matrix
+        return np.swapaxes(weight, -1, -2).reshape(weight.shape[:-3:-1])
+    return np.reshape(weight, weight.shape[:2])
