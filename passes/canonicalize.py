@@ -35,6 +35,7 @@ class Canonicalize(QuantPass):
         functions = len(model.functions)
         if functions:
             common.InlinePass()(model)
+            model.functions.clear()
             records.append(SiteRecord("model", "rewritten", reason=f"{functions} local functions inlined"))
         lifted = common.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model).modified
         bypassed = sum(_bypass(node) for node in list(ir.traversal.RecursiveGraphIterator(model.graph)))

@@ -36,11 +36,21 @@ class Cleanup(QuantPass):
         return QuantPassResult(model, bool(removed or marked))
 
 
+def _forget_bodies(node: ir.Node) -> None:
+    """Let the bodies of a dead node read nothing, so that they keep nothing outside alive."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            for inner in ir.traversal.RecursiveGraphIterator(attribute.as_graph()):
+                for index in range(len(inner.inputs)):
+                    inner.replace_input_with(index, None)
+
+
 def _remove_dead(graph: ir.Graph) -> int:
     """Remove what is not read, last node first; returns how many things went."""
     removed = 0
     for node in reversed(graph):
         if node.outputs and not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            _forget_bodies(node)
             graph.remove(node, safe=True)
             removed += 1
     for name, value in list(graph.initializers.items()):

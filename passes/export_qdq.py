@@ -1,7 +1,8 @@
 """Spell quantized weights as the standard operator DequantizeLinear, in the form that ONNX Runtime fuses.
 
 1. MatMul(x, Wq), MatMul(x, Transpose(Wq)) and Gemm(x, Wq, c) read DequantizeLinear(codes [K, N]) with blocks along
-   axis 0, or one scale a column along axis 1. ONNX Runtime makes MatMulNBits of that, a ragged last block included.
+   axis 0, or one scale a column along axis 1. ONNX Runtime makes MatMulNBits of that, a ragged last block included;
+   versions before 1.25 do so for some of these only and dequantize the others on every run.
 2. A Gemm loses its transB. Its c stays where it is one value a column, which becomes the bias of MatMulNBits; a
    constant of shape [1, N], also that of an Add behind a MatMul, is given the shape [N]; with any other c the Gemm
    becomes MatMul and Add. Left as they were, these weights would be dequantized on every run.

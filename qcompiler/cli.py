@@ -14,6 +14,7 @@ from qcompiler.errors import QCompilerError, SchemeError
 __all__ = ["main", "qcompile"]
 
 _BELOW_FLOOR = 3
+_COUNT = click.IntRange(min=1)
 
 
 class _Command(click.Command):
@@ -76,11 +77,14 @@ _compile_options = _options(
     click.option(
         "--calibration",
         type=click.Path(path_type=Path),
-        help=".npz, folder of .npz, .npy of token ids, .jsonl or text.",
+        help="Data to measure on: .npz, folder of .npz, .npy of token ids, .jsonl or text.",
     ),
     click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json for text calibration data."),
     click.option(
         "--samples", type=int, help="Rows of calibration data to use, evenly spaced; N/8 others verify. Default: all."
+    ),
+    click.option(
+        "--sequence-length", type=_COUNT, default=512, show_default=True, help="Tokens in a row of calibration text."
     ),
     click.option(
         "-o",
@@ -144,7 +148,7 @@ _compile_options = _options(
         multiple=True,
         help="Execution provider(s); the first one calibrates. Default: CPUExecutionProvider.",
     ),
-    click.option("--threads", type=int, default=0, help="Threads. Default: all cores."),
+    click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads. Default: all cores."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seeds everything random."),
     click.option("--max-memory", help="Memory past which activations go to disk, for example 2GB."),
     click.option(
@@ -162,7 +166,13 @@ _compile_options = _options(
 )
 
 
-@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    cls=_Command,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    short_help="Quantize MODEL and report what it cost.",
+    epilog="Example: qcompile model.onnx -o model.w4.onnx --scheme w4a16 --calibration texts.txt "
+    "--tokenizer tokenizer.json",
+)
 @click.version_option(__version__)
 @_compile_options
 def qcompile(model: Path, **options: Any) -> None:
@@ -176,7 +186,7 @@ def qcompile(model: Path, **options: Any) -> None:
     output, text = options.pop("output"), options.pop("pipeline_text")
     config = _config(options)
     if dry_run:
-        cli_output.print_plan(plan_model(model, config))
+        cli_output.print_plan(plan_model(model, config, pipeline_text=text))
         return
     with cli_output.Progress(hidden=quiet) as progress:
         result = compile_model(
@@ -250,7 +260,7 @@ def main() -> None:
 main.add_command(qcompile, "compile")
 
 
-@main.command("inspect", cls=_Command)
+@main.command("inspect", cls=_Command, short_help="Show what could be quantized in MODEL, and what is already.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--sites", is_flag=True, help="List every site with all names that patterns may use.")
 @_verbosity
@@ -268,9 +278,7 @@ def inspect_command(model: Path, sites: bool, verbose: int, quiet: bool) -> None
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--calibration", type=click.Path(path_type=Path), help="Data to compare on; random inputs without it.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json for text data.")
-@click.option(
-    "--samples", type=int, default=64, show_default=True, help="Rows of the data to look at; N/8 of them are run."
-)
+@click.option("--samples", type=_COUNT, default=8, show_default=True, help="Rows to run, evenly spaced over the data.")
 @_verbosity
 def compare_command(reference: Path, model: Path, verbose: int, quiet: bool, **options: Any) -> None:
     """Compare the outputs of MODEL with those of REFERENCE."""
@@ -283,10 +291,12 @@ def compare_command(reference: Path, model: Path, verbose: int, quiet: bool, **o
 
 @main.command("bench", cls=_Command)
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--rows", type=int, default=1, show_default=True, help="Batch size.")
-@click.option("--length", type=int, default=64, show_default=True, help="Size of the other dynamic dimensions.")
-@click.option("--repeat", type=int, default=10, show_default=True, help="Timed runs of each model.")
-@click.option("--threads", type=int, default=0, help="Threads. Default: all cores.")
+@click.option("--rows", type=_COUNT, default=1, show_default=True, help="Batch size.")
+@click.option("--length", type=_COUNT, default=64, show_default=True, help="Size of the other dynamic dimensions.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Data to run on, one row; random inputs without.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json for text data.")
+@click.option("--repeat", type=_COUNT, default=10, show_default=True, help="Timed runs of each model.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads. Default: all cores.")
 @_verbosity
 def bench_command(models: tuple[Path, ...], verbose: int, quiet: bool, **options: Any) -> None:
     """Time MODELS in turns in one process; ratios are to the first."""

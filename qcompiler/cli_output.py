@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -33,14 +32,28 @@ __all__ = [
 
 # A bar for what is over sooner would only flicker.
 _PATIENCE_SECONDS = 2.0
+_UNLIMITED = 10_000
+
+
+class _Lines(logging.Handler):
+    """One line on stderr for each record, whatever the width: it can be searched for."""
+
+    def __init__(self, *, times: bool) -> None:
+        super().__init__()
+        self._times = times
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write ``Warning: text``, or with times ``12.3 s  Debug: text``."""
+        time_passed = f"{record.relativeCreated / 1e3:7.2f} s  " if self._times else ""
+        # Looked up each time: while a progress bar is shown, writes go above it.
+        sys.stderr.write(f"{time_passed}{record.levelname.capitalize()}: {record.getMessage()}\n")
 
 
 def set_up_logging(verbose: int, quiet: bool) -> None:
     """Warnings to stderr; -v adds what each pass did, -vv what it did at each site."""
     level = logging.ERROR if quiet else [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=verbose > 1, markup=False)
     logger = logging.getLogger("qcompiler")
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [_Lines(times=verbose > 1)]
     logger.setLevel(level)
 
 
@@ -84,8 +97,8 @@ class Progress:
 
 
 def _console() -> Console:
-    # Without a terminal rich would assume 80 columns and cut names off.
-    return Console(width=None if sys.stdout.isatty() else 120)
+    # Without a terminal rich would assume 80 columns and cut names in two, which could not be searched for.
+    return Console(width=None if sys.stdout.isatty() else _UNLIMITED)
 
 
 def print_report(result: "CompileResult", *, every_site: bool) -> None:
@@ -114,10 +127,14 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]])
 
 def print_plan(plan: "Plan") -> None:
     """What a compilation would do."""
-    _table("Plan", ("site", "N x K", "scheme", "kernel", "MB"), [
-        (s.name, f"{s.rows} x {s.columns}", s.scheme or f"float: {s.reason}", s.kernel, f"{s.stored_bytes / 1e6:.2f}")
-        for s in plan.sites
-    ])  # fmt: skip
+    if plan.sites:
+        _table("Plan", ("site", "N x K", "scheme", "kernel", "MB"), [
+            (s.name, f"{s.rows} x {s.columns}", s.scheme or f"float: {s.reason}", s.kernel, _size(s.stored_bytes / 1e6))
+            for s in plan.sites
+        ])  # fmt: skip
+    else:
+        _console().print("nothing to quantize")
+    _print_refusals(plan.refusals)
     _console().print(
         f"weights {plan.bytes_before / 1e6:.1f} MB -> about {plan.bytes_after / 1e6:.1f} MB; "
         f"peak memory about {plan.memory_bytes / 1e6:.0f} MB; passes: {plan.pipeline}",
@@ -129,13 +146,23 @@ def print_inspection(inspection: "Inspection", *, every_site: bool) -> None:
     """What a model holds."""
     console = _console()
     console.print(inspection.headline, highlight=False)
-    if every_site:
+    if every_site and inspection.sites:
         rows = [(s.name, s.role, f"{s.rows} x {s.columns}", s.state, ", ".join(s.names)) for s in inspection.sites]
         _table("Sites", ("site", "role", "N x K", "state", "names"), rows)
-    else:
-        _table("Sites by kind", ("role", "operator", "count", "MB", "state"), inspection.summary())
-    if inspection.refusals:
-        _table("Not quantizable", ("count", "reason"), inspection.refusals)
+    elif inspection.sites:
+        kinds = [(role, op, count, _size(size), state) for role, op, count, size, state in inspection.summary()]
+        _table("Sites by kind", ("role", "operator", "count", "MB", "state"), kinds)
+    _print_refusals(inspection.refusals)
+
+
+def _print_refusals(refusals: Sequence[tuple[int, str]]) -> None:
+    if refusals:
+        _table("Cannot be quantized", ("count", "reason"), refusals)
+
+
+def _size(megabytes: float) -> str:
+    """A size; a weight that was counted where it was read first takes none."""
+    return f"{megabytes:.3f}" if megabytes else "shared"
 
 
 def print_bench(rows: Sequence[Sequence[object]]) -> None:

@@ -31,6 +31,7 @@ class CompileConfig:
         calibration: A path, or an iterable of feeds (input name -> array), or None.
         tokenizer: tokenizer.json for text calibration data.
         samples: Calibration rows, evenly spaced over the data; None takes all.
+        sequence_length: Tokens in a row of text calibration data.
         sequential: Take the sites of a segment in data-flow order, each seeing what the quantized prefix produces.
         provider: ONNX Runtime execution provider that calibration runs on.
         threads: Threads of ONNX Runtime and numpy; 0 takes all cores.
@@ -55,6 +56,7 @@ class CompileConfig:
     calibration: str | Path | Iterable[dict[str, np.ndarray]] | None = None
     tokenizer: str | Path | None = None
     samples: int | None = None
+    sequence_length: int = 512
     sequential: bool = True
     provider: str = "CPUExecutionProvider"
     threads: int = 0
@@ -78,6 +80,10 @@ class CompileConfig:
                 raise SchemeError(f"{option} {value} is unknown; choose one of {', '.join(known)}")
         if self.samples is not None and self.samples < 1:
             raise SchemeError(f"--samples {self.samples} leaves nothing to calibrate on; give at least 1")
+        if self.threads < 0:
+            raise SchemeError(f"--threads {self.threads} is less than none; give 0 for all cores")
+        if not self.verify and (self.min_sqnr_db is not None or self.max_kl is not None):
+            raise SchemeError("--min-sqnr and --max-kl are checked by the verification; drop them or --no-verify")
         if self.accuracy_level is not None and not 0 <= self.accuracy_level <= 4:
             raise SchemeError(f"--accuracy-level {self.accuracy_level} does not exist; choose 0 to 4")
 
@@ -99,6 +105,7 @@ class CompileConfig:
             "accuracy_level": self.accuracy_level,
             "opset": self.opset,
             "samples": self.samples,
+            "sequence_length": self.sequence_length,
             "sequential": self.sequential,
             "threads": self.threads,
             "seed": self.seed,

@@ -36,7 +36,9 @@ def random_data(model: ir.Model, specs: list[InputSpec], *, seed: int, rows: int
     return synthetic_data(specs, seed=seed, rows=rows, vocabulary=_vocabulary(model), head_size=_head_size(model))
 
 
-def calibration_data(model: ir.Model, config: CompileConfig) -> CalibrationData | None:
+def calibration_data(
+    model: ir.Model, config: CompileConfig, *, batch_rows: int = _BATCH_ROWS
+) -> CalibrationData | None:
     """The data that the configuration names, cut to the model's inputs; None if it names none."""
     if config.calibration is None:
         return None
@@ -45,7 +47,8 @@ def calibration_data(model: ir.Model, config: CompileConfig) -> CalibrationData 
         input_specs(model),
         samples=config.samples,
         tokenizer=config.tokenizer,
-        batch_rows=_BATCH_ROWS,
+        sequence_length=config.sequence_length,
+        batch_rows=batch_rows,
         head_size=_head_size(model),
         vocabulary=_vocabulary(model),
     )

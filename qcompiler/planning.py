@@ -1,6 +1,7 @@
 """Looking before leaping: what a model holds, and what a compilation of it would do."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import onnx_ir as ir
 from qcompiler import pipeline
 from qcompiler.config import CompileConfig
 from qcompiler.files.loader import load_model
-from qcompiler.graph import SCHEME_KEY, Site
+from qcompiler.graph import SCHEME_KEY, Refusal, Site
 from qcompiler.instruments import stored_bytes
 from qcompiler.passes.base import PassContext, Stage, site_spec
 from qcompiler.sites import find_sites
@@ -17,8 +18,7 @@ from qcompiler.targets import lowered_bytes
 
 __all__ = ["Inspection", "Plan", "PlannedSite", "inspect_model", "plan_model"]
 
-# Memory of the interpreter with its libraries, and of one segment's float activations per calibration row of 512
-# tokens.
+# Memory of the interpreter with its libraries.
 _BASE_BYTES = 120_000_000
 
 
@@ -60,9 +60,19 @@ class PlannedSite:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a compilation would do."""
+    """What a compilation would do.
+
+    Attributes:
+        sites: What can be quantized, and what becomes of it.
+        refusals: How many weights cannot be quantized, and why.
+        pipeline: The passes.
+        bytes_before: Of the constants.
+        bytes_after: Of the constants, about.
+        memory_bytes: Peak anonymous memory, about.
+    """
 
     sites: tuple[PlannedSite, ...]
+    refusals: tuple[tuple[int, str], ...]
     pipeline: str
     bytes_before: int
     bytes_after: int
@@ -77,13 +87,13 @@ class Inspection:
     sites: tuple[PlannedSite, ...]
     refusals: tuple[tuple[int, str], ...]
 
-    def summary(self) -> list[tuple[str, str, int, str, str]]:
-        """Sites counted by role, operator and state."""
+    def summary(self) -> list[tuple[str, str, int, float, str]]:
+        """Sites counted by role, operator and state, and their weights in MB."""
         groups: dict[tuple[str, str, str], list[PlannedSite]] = {}
         for site in self.sites:
             groups.setdefault((site.role, site.operator, site.state), []).append(site)
         return [
-            (role, operator, len(members), f"{sum(s.float_bytes for s in members) / 1e6:.1f}", state)
+            (role, operator, len(members), sum(s.float_bytes for s in members) / 1e6, state)
             for (role, operator, state), members in groups.items()
         ]
 
@@ -115,12 +125,13 @@ def _bytes_after(model: ir.Model, sites: list[Site], config: CompileConfig) -> i
     return sum(lowered.values()) + sum({id(tensor): tensor.nbytes for tensor in rest if tensor is not None}.values())
 
 
-def plan_model(source: str | Path, config: CompileConfig) -> Plan:
+def plan_model(source: str | Path, config: CompileConfig, *, pipeline_text: str | None = None) -> Plan:
     """Load a model and run the passes that decide, but none that quantizes.
 
     Args:
         source: A path as `load_model` takes it.
         config: As for a compilation.
+        pipeline_text: An explicit pipeline instead of the one that `config` implies.
 
     Returns:
         Sites with their schemes, the expected size of the weights and an estimate of the peak memory.
@@ -128,14 +139,14 @@ def plan_model(source: str | Path, config: CompileConfig) -> Plan:
     model = load_model(source)
     before = stored_bytes(model)
     algorithms = config.algorithms or (("gptq",) if config.calibration is not None else ("rtn",))
-    full = pipeline.build(replace(config, algorithms=algorithms), PassContext(config))
+    full = pipeline.build(replace(config, algorithms=algorithms), PassContext(config), text=pipeline_text)
     reasons = {}
     for step in full:
         if step.stage <= Stage.PLAN:
             result = step(model)
             reasons.update({r.site: r.reason for r in getattr(result, "records", ()) if r.action == "skipped"})
     seen: set[int] = set()
-    found = find_sites(model)[0]
+    found, refusals = find_sites(model)
     sites = tuple(_planned(s, config, reasons.get(s.name, ""), seen) for s in found)
     codes = sum(site.stored_bytes for site in sites if site.scheme)
     largest = max((site.rows * site.columns for site in sites if site.scheme), default=0)
@@ -144,7 +155,13 @@ def plan_model(source: str | Path, config: CompileConfig) -> Plan:
     if any(step.needs_calibration for step in full):
         rows = config.samples or 128
         memory += 40 * widest * widest + rows * 512 * widest * 4 * 2
-    return Plan(sites, ",".join(str(step) for step in full), before, _bytes_after(model, found, config), memory)
+    text, after = ",".join(str(step) for step in full), _bytes_after(model, found, config)
+    return Plan(sites, _counted(refusals), text, before, after, memory)
+
+
+def _counted(refusals: Iterable[Refusal]) -> tuple[tuple[int, str], ...]:
+    """How often each reason occurs, the most frequent first."""
+    return tuple((count, reason) for reason, count in Counter(r.reason for r in refusals).most_common())
 
 
 def inspect_model(source: str | Path) -> Inspection:
@@ -157,10 +174,9 @@ def inspect_model(source: str | Path) -> Inspection:
     sites, refusals = find_sites(model)
     seen: set[int] = set()
     planned = tuple(_planned(site, config, "", seen) for site in sites)
-    counted = Counter(refusal.reason for refusal in refusals)
     opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in model.opset_imports.items())
     headline = (
         f"{Path(source).name}: {sum(1 for _ in model.graph.all_nodes())} nodes, IR version {model.ir_version}, "
         f"opset {opsets}, {stored_bytes(model) / 1e6:.1f} MB of constants, {len(planned)} sites that can be quantized"
     )
-    return Inspection(headline, planned, tuple((count, reason) for reason, count in counted.most_common()))
+    return Inspection(headline, planned, _counted(refusals))

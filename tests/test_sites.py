@@ -111,12 +111,20 @@ REFUSED = {
     "batch of weights": ("[n] y = MatMul(x, w)", {"w": normal((4, 8, 8), 3)}, r"a batch of .* \[4, 8, 8\]"),
     "vector": ("[n] y = MatMul(x, w)", {"w": normal(8, 3)}, r"shape \[8\] is not one matrix"),
     "batch of one over a matrix": ("[n] y = MatMul(x, w)", {"w": normal((1, 8, 8), 3)}, "is not one matrix"),
-    "integers": ("i = Cast <to = 6> (x) [n] j = MatMul(i, w) y = Cast <to = 1> (j)", {"w": np.ones((8, 8), np.int32)}, None),
+    "integers": (
+        "i = Cast <to = 6> (x) [n] j = MatMul(i, w) y = Cast <to = 1> (j)",
+        {"w": np.ones((8, 8), np.int32)},
+        None,
+    ),
     "alpha": ("[n] y = Gemm <alpha = 0.5> (x, w)", SMALL, "alpha = 0.5"),
     "beta": ("[n] y = Gemm <beta = 2.0> (x, w, v)", SMALL, "beta = 2.0"),
     "transA": ("[n] y = Gemm <transA = 1> (x, w)", SMALL, "transA = 1"),
     "gemm of a transposed weight": ("t = Transpose(w) [n] y = Gemm(x, t)", SMALL, "fold the transposition"),
-    "cast weight": ("c = Cast <to = 1> (w) [n] y = MatMul(x, c)", {"w": np.ones((8, 8), np.float16)}, "is behind Cast; fold"),
+    "cast weight": (
+        "c = Cast <to = 1> (w) [n] y = MatMul(x, c)",
+        {"w": np.ones((8, 8), np.float16)},
+        "is behind Cast; fold",
+    ),
     "reshaped weight": (
         "c = Reshape(w, s) [n] y = MatMul(x, c)",
         {"w": normal(64, 1), "s": np.array([8, 8])},

@@ -78,7 +78,7 @@ def test_no_rows_add_nothing():
 
 
 def test_features_that_do_not_fit_the_weight_are_an_error_with_both_figures():
-    with pytest.raises(NumericsError, match="an activation has 4 features where the weight has K = 5"):
+    with pytest.raises(NumericsError, match=r"an activation has 4 features where the weight has K = 5"):
         Hessian(5).product(np.zeros((2, 4), np.float32))
 
 
@@ -89,5 +89,5 @@ def test_values_that_are_not_finite_are_an_error_that_names_the_site(bad):
     rows[2, 1] = bad
     with np.errstate(invalid="ignore"):
         hessian.add(*hessian.product(rows))
-    with pytest.raises(NumericsError, match="the activation that 'mlp.down' reads holds NaN or infinity"):
+    with pytest.raises(NumericsError, match=r"the activation that 'mlp.down' reads holds NaN or infinity"):
         hessian.facts("mlp.down")

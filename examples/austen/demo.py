@@ -73,7 +73,7 @@ def compile_model(source: Path) -> None:
     """Run the command that compiles the model, and show it."""
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     options = ["--scheme", "w4a16", "--calibration", str(HERE / "calibration.txt")]
-    options += ["--tokenizer", str(HERE / "tokenizer.json"), "--force"]
+    options += ["--tokenizer", str(HERE / "tokenizer.json"), "--sequence-length", str(CONTEXT), "--force"]
     command = ["qcompile", str(source), "--output", str(OUTPUT), *options]
     shown = [word.removeprefix(f"{ROOT}/") for word in command]
     print("$", shlex.join(shown), flush=True)

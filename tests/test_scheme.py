@@ -1,0 +1,171 @@
+"""The grammar of schemes, patterns, and which site gets what."""
+
+import numpy as np
+import pytest
+
+from qcompiler.errors import SchemeError
+from qcompiler.numerics.affine import WeightSpec
+from qcompiler.numerics.formats import FORMATS
+from qcompiler.scheme import ALIASES, GROUP_SIZES, Pattern, Scheme, SchemePlan, parse_optional_scheme
+
+EVERY = [
+    Scheme(bits, group, symmetric)
+    for bits in FORMATS
+    for group in (None, 0, *GROUP_SIZES)
+    for symmetric in (None, True, False)
+]
+
+
+@pytest.mark.parametrize("scheme", EVERY, ids=str)
+def test_text_and_scheme_are_inverse(scheme):
+    assert Scheme.parse(str(scheme)) == scheme
+    assert Scheme.parse(f"  {str(scheme).upper()} ") == scheme
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("w4a16", Scheme(4)),
+        ("w8a16-g32-sym", Scheme(8, 32, True)),
+        ("w2a16-asym-g16", Scheme(2, 16, False)),
+        ("w4a16-channel", Scheme(4, 0)),
+        ("int4", Scheme(4)),
+        ("q8", Scheme(8, 32, True)),
+    ],
+)
+def test_what_a_text_means(text, expected):
+    assert Scheme.parse(text) == expected
+
+
+def test_every_alias_means_a_scheme():
+    for alias, text in ALIASES.items():
+        assert Scheme.parse(alias) == Scheme.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "'' is not understood; expected w{2,4,8}a16"),
+        ("fp8", "'fp8' is not understood"),
+        ("w4", "'w4' is not understood"),
+        ("w4a8", "activations of 8 bits are not available"),
+        ("w3a16", "weights of 3 bits are not available; known widths: 2, 4, 8"),
+        ("w1.58a16", "weights of 1.58 bits are not available"),
+        ("w4a16-g48", "group size 48 has no kernel; known sizes: 16, 32, 64, 128, 256"),
+        ("w4a16-g0", "group size 0 has no kernel"),
+        ("w4a16-g32-g64", "gives two granularities"),
+        ("w4a16-channel-g64", "gives two granularities"),
+        ("w4a16-sym-asym", "says twice whether it is symmetric"),
+        ("w4a16-sym-sym", "says twice whether it is symmetric"),
+        ("w4a16-fast", "option '-fast' is not understood"),
+        ("w4a16-", "option '-' is not understood"),
+        ("w4a16 -sym", "'w4a16 ' is not understood"),
+    ],
+)
+def test_what_is_no_scheme_is_refused_with_what_was_expected(text, message):
+    with pytest.raises(SchemeError) as caught:
+        Scheme.parse(text)
+    assert message in str(caught.value)
+    assert f"scheme '{text}'" in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("cpu", "w4a16-g64-asym"),
+        ("cuda", "w4a16-g32-sym"),
+        ("tensorrt", "w4a16-g64-asym"),
+        ("portable", "w4a16-g64-asym"),
+    ],
+)
+def test_the_target_fills_in_what_was_left_open_and_nothing_else(target, expected):
+    assert str(Scheme(4).resolve(target)) == expected
+    for scheme in (Scheme(4, 128, True), Scheme(2, 0, False)):
+        assert scheme.resolve(target) == scheme
+
+
+def test_a_resolved_scheme_gives_the_spec_of_a_weight():
+    assert Scheme.parse("w4a16-g64-asym").spec(100, "float16") == WeightSpec(4, 64, False, True, "float16")
+    assert Scheme.parse("w8a16-channel-sym").spec(100, "float32") == WeightSpec(8, 100, True, True, "float32")
+    assert not Scheme.parse("w4a16-g32-sym").spec(64, "float32", signed_scale=False).signed_scale
+    for open_scheme in (Scheme(4), Scheme(4, 64), Scheme(4, None, True)):
+        with pytest.raises(SchemeError, match="has to be resolved for a target first"):
+            open_scheme.spec(64, "float32")
+
+
+def test_the_word_float_is_no_scheme():
+    assert parse_optional_scheme(" Float ") is None
+    assert parse_optional_scheme("w8a16") == Scheme(8)
+
+
+NAMES = ("model.layers.3.mlp.down_proj", "node_linear_12", "layers.3.weight")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model.layers.3.mlp.down_proj", True),
+        ("node_linear_12", True),
+        ("down_proj", False),
+        ("re:down_proj", True),
+        (r"re:layers\.3\.", True),
+        ("re:^layers", True),  # the weight's name
+        ("re:^down", False),
+        ("", False),
+        ("re:", True),  # matches everything, as the regular expression does
+    ],
+)
+def test_a_pattern_is_an_exact_name_or_a_search_in_any_name(text, expected):
+    assert Pattern(text).matches(NAMES) is expected
+
+
+@pytest.mark.parametrize("text", ["re:(", "re:[", "re:*"])
+def test_a_pattern_that_is_no_regular_expression_is_refused(text):
+    with pytest.raises(SchemeError) as caught:
+        Pattern(text)
+    assert str(caught.value).startswith(f"pattern '{text}': ")
+
+
+def decide(plan, role="linear", names=("a", "w")):
+    return plan.scheme_for(role, names)
+
+
+def test_roles_have_their_own_schemes():
+    plan = SchemePlan(Scheme(4))
+    assert [decide(plan, role)[0] for role in ("linear", "embedding", "lm_head")] == [Scheme(4), Scheme(8), Scheme(8)]
+    nothing = SchemePlan(None, None, None)
+    reasons = [decide(nothing, role) for role in ("linear", "embedding", "lm_head")]
+    assert reasons == [
+        (None, "left float (--scheme float)"),
+        (None, "left float (--embedding float)"),
+        (None, "left float (--lm-head float)"),
+    ]
+
+
+def test_ignore_beats_only_which_beats_overrides_of_which_the_last_wins():
+    four, eight, two = Scheme(4), Scheme(8), Scheme(2)
+    overrides = ((Pattern("re:a"), eight), (Pattern("a"), two), (Pattern("b"), None))
+    plan = SchemePlan(four, overrides=overrides)
+    assert decide(plan) == (two, "")
+    assert decide(plan, names=("aa",)) == (eight, "")
+    assert decide(plan, names=("b",)) == (None, "left float (--set b=float)")
+    assert decide(plan, "embedding", ("a",)) == (two, "")
+    assert decide(SchemePlan(four, ignore=(Pattern("w"),), overrides=overrides)) == (None, "ignored (--ignore w)")
+    only = SchemePlan(four, only=(Pattern("re:^a$"),), overrides=overrides)
+    assert decide(only) == (two, "")
+    assert decide(only, names=("c",)) == (None, "not among --only")
+    both = SchemePlan(four, only=(Pattern("a"),), ignore=(Pattern("w"),))
+    assert decide(both) == (None, "ignored (--ignore w)")
+
+
+def test_patterns_that_select_nothing_are_found():
+    plan = SchemePlan(
+        Scheme(4),
+        ignore=(Pattern("a"), Pattern("x")),
+        only=(Pattern("re:b"), Pattern("re:y")),
+        overrides=((Pattern("w"), None), (Pattern("z"), None)),
+    )
+    assert plan.unmatched([("a", "w"), ("b",)]) == ["x", "re:y", "z"]
+    assert plan.unmatched([]) == ["a", "x", "re:b", "re:y", "w", "z"]
+    assert np.size(SchemePlan(Scheme(4)).unmatched([])) == 0
