@@ -15,6 +15,7 @@ their round-to-nearest codes.
 Shapes: W, Q ``[N, K]``; H ``[K, K]``; scale, zero point ``[N, G]``.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -224,14 +225,18 @@ class Gptq(SegmentPass):
             grid = clip_grid(weight, spec, threads=threads)
             return Quantized(quantize(weight, grid, spec, threads), grid)
         importance = np.diagonal(facts.hessian).astype(np.float32)
-        grid = (
-            clip_grid(weight, spec, importance, threads=threads)
-            if self.options.clip
-            else min_max_grid(weight, spec, threads)
-        )
         order = np.argsort(-importance, kind="stable") if self.options.act_order else np.arange(len(importance))
-        factor, damping = self._factor(facts.hessian, order)
-        codes, loss = sweep(weight, factor, grid, spec, order, self.options.lazy_block)
+        with ThreadPoolExecutor(1) as beside:  # matrix work, while the search for a grid and the sweep go on
+            factored = beside.submit(self._factor, facts.hessian, order)
+            summed = beside.submit(row_losses, weight, facts.hessian.astype(np.float32))
+            grid = (
+                clip_grid(weight, spec, importance, threads=threads)
+                if self.options.clip
+                else min_max_grid(weight, spec, threads)
+            )
+            factor, damping = factored.result()
+            codes, loss = sweep(weight, factor, grid, spec, order, self.options.lazy_block)
+            energy = summed.result()
         if self.options.refine:
             hessian = damped(facts.hessian, damping).astype(np.float32)
             unit = float(np.trace(hessian)) / len(hessian)
@@ -240,7 +245,6 @@ class Gptq(SegmentPass):
                 grid = refit_scales(weight, codes, hessian, grid, spec)
                 codes = descend(weight, codes, hessian, grid, spec, self.options.lazy_block)
             loss = row_losses(weight - dequantize(codes, grid.scale, grid.zero_point, spec.group_size), hessian) * unit
-        energy = row_losses(weight, facts.hessian.astype(np.float32))
         remark = "" if damping == self.options.percdamp else f"damping grew to {damping:g}"
         return Quantized(codes, grid, remark, loss, energy)
 

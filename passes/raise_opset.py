@@ -32,7 +32,8 @@ class RaiseOpset(QuantPass):
     """Raises the opset of the default domain."""
 
     name = "raise_opset"
-    stage = Stage.LOWER
+    stage = Stage.PLAN
+    after = ("assign_scheme",)
 
     @classmethod
     def applies(cls, config: CompileConfig) -> bool:

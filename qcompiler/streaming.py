@@ -130,8 +130,11 @@ def _advance(
     """Replace each batch's boundary by the next one, batch by batch, so that few batches are held twice."""
 
     def run(batch: int) -> Feeds:
-        feeds = {name: boundary[batch][name] for name in segment.inputs}
-        return runner.run(feeds, segment.outputs) if runner is not None else {}
+        if runner is None:
+            return {}
+        results = runner.run({name: boundary[batch][name] for name in segment.inputs}, segment.outputs)
+        # Copied, since a result keeps all memory of the session alive that made it.
+        return {name: array.copy() for name, array in results.items()}
 
     for batch, results in enumerate(in_flight(pool, run, range(len(boundary)), threads)):
         feeds = boundary[batch]
@@ -139,6 +142,5 @@ def _advance(
         for name, array in feeds.items():
             if name not in following:
                 scratch.drop(array)
-        # Copied, since a result keeps all memory of the session alive that made it.
-        following.update((name, scratch.keep(array.copy())) for name, array in results.items())
+        following.update((name, scratch.keep(array)) for name, array in results.items())
         boundary[batch] = following

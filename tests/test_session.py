@@ -65,7 +65,9 @@ def test_a_path_finds_its_external_data(tmp_path):
 
 
 def test_a_provider_that_is_not_there_is_an_error_and_no_fall_back():
-    with pytest.raises(KernelError, match=r"provider NoSuchProvider is not in this ONNX Runtime; it has .*CPUExecution"):
+    with pytest.raises(
+        KernelError, match=r"provider NoSuchProvider is not in this ONNX Runtime; it has .*CPUExecution"
+    ):
         OrtRunner(model_bytes(), provider="NoSuchProvider")
 
 

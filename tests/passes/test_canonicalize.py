@@ -23,7 +23,9 @@ CASES = {
     ),
     "a constant that is an output stays": (f"{constant('y', '2,8')}", {}, ["y = Constant()"]),
     "an identity is bypassed": ("i = Identity(w) [fc] y = MatMul(x, i)", {"w": W}, ["y = MatMul(x, w)"]),
-    "a cast to the same type is bypassed": ("c = Cast <to = 1> (w) [fc] y = MatMul(x, c)", {"w": W}, ["y = MatMul(x, w)"]),
+    "a cast to the same type is bypassed": (
+        "c = Cast <to = 1> (w) [fc] y = MatMul(x, c)", {"w": W}, ["y = MatMul(x, w)"],
+    ),
     "identities in a row are bypassed": (
         f"{constant('w')} i = Identity(w) j = Identity(i) [fc] y = MatMul(x, j)", {}, ["y = MatMul(x, w)"],
     ),

@@ -113,8 +113,8 @@ def the_scales(model):
 @pytest.mark.parametrize("K", [64, 40])
 def test_a_tied_table_is_stored_once(K):
     """Codes of both shapes are one piece of memory; scales and zero points are the same initializers."""
-    text = f"""g (int64[B,S] i) => (float[B,S,512] y) {{
-        [embed] h = Gather(t, i) r = Relu(h) w = Transpose(t) [head] y = MatMul(r, w) }}"""
+    text = """g (int64[B,S] i) => (float[B,S,512] y) {
+        [embed] h = Gather(t, i) r = Relu(h) w = Transpose(t) [head] y = MatMul(r, w) }"""
     model = parse(text, {"t": normal((512, K), 1)})
     ctx = context(plan=plan("w4a16-g32-asym"))
     quantized(model, ctx)

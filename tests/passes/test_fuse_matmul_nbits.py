@@ -19,6 +19,7 @@ def turned(array):
 
 
 FUSED = "MatMulNBits(x, w_codes, w_scales, w_zero_points"
+LAST = FUSED.replace("x,", "fc_Transpose_output,")  # of channels last
 # text, weights, shape of x and y; the graph after the pass, Transposes of the float weight being dead by then
 CASES = {
     "matmul": ("[fc] y = MatMul(x, w)", {"w": W}, "B,64", "B,24", [f"y = {FUSED})"]),
@@ -26,15 +27,18 @@ CASES = {
     "matmul on one dimension": ("[fc] y = MatMul(x, w)", {"w": W}, "64", "24", [f"y = {FUSED})"]),
     "batch of one": ("[fc] y = MatMul(x, w)", {"w": W[None]}, "B,S,64", "B,S,24", [f"y = {FUSED})"]),
     "transposed": (
-        "t = Transpose(w) [fc] y = MatMul(x, t)", {"w": turned(W)}, "B,64", "B,24", ["t = Transpose(w)", f"y = {FUSED})"],
+        "t = Transpose(w) [fc] y = MatMul(x, t)", {"w": turned(W)}, "B,64", "B,24",
+        ["t = Transpose(w)", f"y = {FUSED})"],
     ),
     "matmul and bias": ("[fc] h = MatMul(x, w) y = Add(h, b)", BIAS, "B,64", "B,24", [f"y = {FUSED}, , b)"]),
     "bias and matmul": ("[fc] h = MatMul(x, w) y = Add(b, h)", BIAS, "B,64", "B,24", [f"y = {FUSED}, , b)"]),
     "bias that another node reads too": (
-        "[fc] h = MatMul(x, w) z = Add(h, b) y = Mul(z, b)", BIAS, "B,64", "B,24", [f"z = {FUSED}, , b)", "y = Mul(z, b)"],
+        "[fc] h = MatMul(x, w) z = Add(h, b) y = Mul(z, b)", BIAS, "B,64", "B,24",
+        [f"z = {FUSED}, , b)", "y = Mul(z, b)"],
     ),
     "bias of one row": (
-        "[fc] h = MatMul(x, w) y = Add(h, b)", {"w": W, "b": B[None]}, "B,64", "B,24", [f"h = {FUSED})", "y = Add(h, b)"],
+        "[fc] h = MatMul(x, w) y = Add(h, b)", {"w": W, "b": B[None]}, "B,64", "B,24",
+        [f"h = {FUSED})", "y = Add(h, b)"],
     ),
     "bias of one value": (
         "[fc] h = MatMul(x, w) y = Add(h, b)", {"w": W, "b": B[0]}, "B,64", "B,24", [f"h = {FUSED})", "y = Add(h, b)"],
@@ -70,15 +74,16 @@ CASES = {
     "conv 1-D": (
         "[fc] y = Conv(x, w)", {"w": turned(W)[..., None]}, "B,64,T", "B,24,T",
         [
-            "fc_Transpose_output = Transpose(x)", f"fc_MatMulNBits_output = {FUSED.replace('x,', 'fc_Transpose_output,')})",
+            "fc_Transpose_output = Transpose(x)", f"fc_MatMulNBits_output = {LAST})",
             "y = Transpose(fc_MatMulNBits_output)",
         ],
     ),
     "conv 2-D with bias": (
-        "[fc] y = Conv <kernel_shape = [1, 1]> (x, w, b)", {"w": turned(W)[..., None, None], "b": B}, "B,64,H,V", "B,24,H,V",
+        "[fc] y = Conv <kernel_shape = [1, 1]> (x, w, b)", {"w": turned(W)[..., None, None], "b": B},
+        "B,64,H,V", "B,24,H,V",
         [
             "fc_Transpose_output = Transpose(x)",
-            f"fc_MatMulNBits_output = {FUSED.replace('x,', 'fc_Transpose_output,')}, , b)",
+            f"fc_MatMulNBits_output = {LAST}, , b)",
             "y = Transpose(fc_MatMulNBits_output)",
         ],
     ),
@@ -86,7 +91,7 @@ CASES = {
         "c = Relu(b) [fc] y = Conv(x, w, c)", {"w": turned(W)[..., None], "b": B}, "B,64,T", "B,24,T",
         [
             "c = Relu(b)", "fc_Transpose_output = Transpose(x)",
-            f"fc_MatMulNBits_output = {FUSED.replace('x,', 'fc_Transpose_output,')})",
+            f"fc_MatMulNBits_output = {LAST})",
             "fc_Add_output = Add(fc_MatMulNBits_output, c)", "y = Transpose(fc_Add_output)",
         ],
     ),

@@ -120,7 +120,7 @@ def test_a_weight_that_is_not_finite_is_an_error_that_names_the_site(bad):
     model = parse("g (float[B,64] x) => (float[B,24] y) { [fc] y = MatMul(x, w) }", {"w": weight})
     apply("assign_scheme", model)
     with pytest.raises(
-        NumericsError, match="the weight of 'fc' holds 2 values that are NaN or infinite; .* --ignore 'fc'"
+        NumericsError, match=r"the weight of 'fc' holds 2 values that are NaN or infinite; .* --ignore 'fc'"
     ):
         apply("rtn", model)
 

@@ -1,0 +1,143 @@
+"""Pipelines as text, their order, and what cannot be one."""
+
+import pytest
+
+from qcompiler import passes, pipeline
+from qcompiler.config import CompileConfig
+from qcompiler.errors import SchemeError
+from qcompiler.passes.base import NoOptions, QuantPass, Stage
+from tests.builders import context
+
+
+def text_of(steps):
+    return ",".join(map(str, steps))
+
+
+def build(text=None, **options):
+    config = CompileConfig(**options)
+    return pipeline.build(config, context(config), text=text)
+
+
+TEXTS = [
+    "rtn",
+    "canonicalize,assign_scheme,rtn{clip=True},fuse_matmul_nbits,fuse_gather,cleanup",
+    "gptq{percdamp=0.02,act_order=False,refine=2},cleanup",
+    "cleanup,canonicalize",  # taken as it stands
+    "rtn,rtn{clip=True}",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_and_passes_are_inverse(text):
+    steps = build(text)
+    assert text_of(steps) == text
+    assert text_of(build(text_of(steps))) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("", ""),
+        ("  rtn { clip = true } , cleanup ", "rtn{clip=True},cleanup"),
+        ("rtn{}", "rtn"),
+        ("rtn{clip=false}", "rtn"),  # options at their defaults are not written
+        ("gptq{lazy_block=128,percdamp=1e-2}", "gptq{percdamp=0.01}"),
+        ("rtn,", "rtn"),
+    ],
+)
+def test_text_may_be_written_in_other_ways(text, canonical):
+    assert text_of(build(text)) == canonical
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing", "no pass is called 'nothing'; known passes: assign_scheme, canonicalize, cleanup, "),
+        ("base", "no pass is called 'base'"),
+        ("rtn cleanup", "'rtn cleanup' is not understood; expected name or name{option=value,...}, comma-separated"),
+        ("cleanup,rtn{clip=true", "'rtn{clip=true' is not understood"),
+        ("rtn}", "'rtn}' is not understood"),
+        ("RTN", "'RTN' is not understood"),
+        (",", "',' is not understood"),
+        (" ", "' ' is not understood"),
+        ("rtn{clip}", "option 'clip' of rtn has no value; write option=value"),
+        ("rtn{clip=}", "option 'clip=' of rtn has no value"),
+        ("rtn{clip=2}", "pass rtn: option clip=2 is not a bool"),
+        ("gptq{refine=1.5}", "pass gptq: option refine=1.5 is not a int"),
+        ("rtn{group=3}", "pass rtn has no option 'group'; it has: clip"),
+        ("cleanup{deep=true}", "pass cleanup has no option 'deep'; it has: none"),
+    ],
+)
+def test_what_is_no_pipeline_is_refused_where_it_goes_wrong(text, message):
+    with pytest.raises(SchemeError) as caught:
+        build(text)
+    assert message in str(caught.value)
+
+
+def test_the_configuration_implies_the_passes_and_their_order():
+    assert text_of(build(algorithms=("rtn",))) == (
+        "canonicalize,assign_scheme,rtn,fuse_gather,fuse_matmul_nbits,cleanup"
+    )
+    assert text_of(build(algorithms=("gptq{percdamp=0.02}",))).split(",")[2] == "gptq{percdamp=0.02}"
+    qdq = [step.name for step in build(algorithms=("rtn",), output_format="qdq")]
+    assert "fuse_matmul_nbits" not in qdq
+    assert "fuse_gather" not in qdq
+    assert "export_qdq" in qdq
+
+
+def test_algorithms_keep_the_order_in_which_they_are_named():
+    names = [step.name for step in build(algorithms=("rtn", "gptq"))]
+    assert [name for name in names if name in ("rtn", "gptq")] == ["rtn", "gptq"]
+    names = [step.name for step in build(algorithms=("gptq", "rtn"))]
+    assert [name for name in names if name in ("rtn", "gptq")] == ["gptq", "rtn"]
+
+
+@pytest.mark.parametrize("name", ["cleanup", "canonicalize", "fuse_gather", "assign_scheme"])
+def test_only_algorithms_can_be_named_as_such(name):
+    with pytest.raises(SchemeError, match=rf"'{name}' is not an algorithm; known algorithms: .*gptq.*rtn"):
+        build(algorithms=(name,))
+
+
+def test_passes_are_in_the_order_of_their_stages_and_after_what_they_follow():
+    names = pipeline.pass_names()
+    assert sorted(names) == passes.names()
+    classes = [passes.load(name) for name in names]
+    stages = [cls.stage for cls in classes]
+    assert stages == sorted(stages)
+    for place, cls in enumerate(classes):
+        assert all(names.index(other) < place for other in cls.after if other in names)
+        assert all(passes.load(other).stage <= cls.stage for other in cls.after)
+
+
+def test_after_is_heeded_whatever_the_order_of_the_names(monkeypatch):
+    def fake(name, stage, after=()):
+        return type(name, (QuantPass,), {"name": name, "stage": stage, "after": after})
+
+    classes = {
+        "a": fake("a", Stage.QUANTIZE, ("c",)),
+        "b": fake("b", Stage.QUANTIZE),
+        "c": fake("c", Stage.QUANTIZE, ("b",)),
+        "d": fake("d", Stage.PLAN),
+        "e": fake("e", Stage.QUANTIZE, ("absent",)),
+    }
+    monkeypatch.setattr(passes, "load", classes.__getitem__)
+    for names in ("abcde", "edcba", "cabed"):
+        placed = "".join(name for name, _ in pipeline.order([(name, {}) for name in names]))
+        assert placed[0] == "d"
+        assert placed.index("b") < placed.index("c") < placed.index("a")
+    assert [name for name, _ in pipeline.order([("e", {}), ("b", {})])] == ["e", "b"]
+
+
+@pytest.mark.parametrize("name", passes.names())
+def test_every_pass_is_what_its_file_says(name):
+    cls = passes.load(name)
+    assert cls.name == name
+    assert cls.__doc__
+    assert isinstance(cls.stage, Stage)
+    assert cls.scope in ("model", "segment")
+    step = cls(context())
+    assert str(step) == name
+    assert step.options is not None
+    if cls.Options is not NoOptions:
+        for field in cls.Options.__dataclass_fields__.values():
+            assert field.metadata["help"]
