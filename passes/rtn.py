@@ -4,6 +4,7 @@ Two grids: the min-max grid spans each group's values; the clipped one (`clip=tr
 that has the least squared rounding error.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx_ir as ir
 
 from qcompiler.numerics.affine import WeightSpec, clip_grid, min_max_grid, quantize
 from qcompiler.passes.base import Quantized, QuantPassResult, WeightQuantizer, assigned_sites
+from qcompiler.records import SiteRecord
 from qcompiler.statistics import LayerFacts
 
 __all__ = ["Rtn"]
@@ -34,15 +36,15 @@ class Rtn(WeightQuantizer):
     def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
         """Round a weight ``[N, K]`` to nearest."""
         del facts
-        threads = self.context.threads
-        grid = clip_grid(weight, spec, threads=threads) if self.options.clip else min_max_grid(weight, spec, threads)
-        return Quantized(quantize(weight, grid, spec, threads), grid)
+        grid = clip_grid(weight, spec) if self.options.clip else min_max_grid(weight, spec)
+        return Quantized(quantize(weight, grid, spec), grid)
 
     def call(self, model: ir.Model) -> QuantPassResult:
-        """Quantize site by site."""
+        """Quantize the sites, as many at a time as there are threads."""
         sites = assigned_sites(model)
-        records = []
-        for done, site in enumerate(sites):
-            self.context.tick(self.name, done, len(sites))
-            records += self.quantize_sites([site], None)
+        records: list[SiteRecord] = []
+        with ThreadPoolExecutor(self.context.threads) as pool:
+            for done, made in enumerate(pool.map(lambda site: self.quantize_sites([site], None), sites)):
+                self.context.tick(self.name, done, len(sites))
+                records += made
         return QuantPassResult(model, bool(records), tuple(records))

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompiler.legality import check_legal, lowered_nodes
@@ -141,9 +142,18 @@ def stored_bytes(model: ir.Model) -> int:
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         tensors += [a.as_tensor() for a in node.attributes.values() if a.type == ir.AttributeType.TENSOR]
-    # A lazily built tensor may be listed twice; it is stored once.
-    once = {id(tensor): tensor for tensor in tensors if tensor is not None}
+    # A lazily built tensor may be listed twice, and two may be views of the same bytes; they are stored once.
+    once = {_place(tensor): tensor for tensor in tensors if tensor is not None}
     return sum(int(getattr(tensor, "stored_bytes", tensor.nbytes)) for tensor in once.values())
+
+
+def _place(tensor: ir.TensorProtocol) -> tuple[object, ...]:
+    """Where a tensor's bytes are."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return tensor.path, tensor.offset, tensor.nbytes
+    if isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray):
+        return tensor.raw.ctypes.data, tensor.nbytes
+    return (id(tensor),)
 
 
 class Legality(_Watcher):

@@ -28,12 +28,20 @@ def _cuda_problem():
 
 
 def _real_problem():
-    missing = [name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None]
+    needed = ("torch", "transformers", "gguf", "onnxruntime_genai", "PIL")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(missing)} (the extra `real`)" if missing else ""
 
 
-def pytest_collection_modifyitems(items):
-    """Skip, with the reason, what this machine cannot run."""
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the tests marked `slow`, minutes each")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip, with the reason, what this machine cannot run and what was not asked for."""
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
     for marker, find_problem in (("gpu", _cuda_problem), ("real", _real_problem)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         problem = find_problem() if marked else ""

@@ -128,6 +128,17 @@ def test_side_computations_wait_until_they_are_needed():
     assert set(segments[4].outputs) == {"a"}
 
 
+def test_a_value_is_made_for_its_first_reader_in_time_which_may_not_be_the_first_in_the_graph():
+    text = """g (float[B,32] x) => (float[B,32] y) {
+        n = Neg(x) late = Relu(n) [a] a = MatMul(n, wa) [b] b = MatMul(a, wb) s = Add(b, late) [c] y = MatMul(s, wc)
+    }"""
+    model = parse(text, weights("wa", "wb", "wc"))
+    segments = plan_segments(model, top_sites(model))
+    made = [[node.outputs[0].name for node in segment.nodes] for segment in segments]
+    assert made == [["n"], ["a"], ["late", "b", "s"], ["y"]]
+    assert [segment.carried for segment in segments] == [[], ["n"], [], []]
+
+
 def test_what_no_site_depends_on_is_left_out():
     text = """g (float[B,32] x) => (float[B,32] y, float[B,32] z) {
         n = Neg(x) [a] y = MatMul(n, w) z = Relu(y) e = Exp(x)

@@ -36,7 +36,8 @@ def ours(bench: Path, work: Path, algorithm: str, kind: str, *flags: str) -> tup
 def ort(bench: Path, work: Path, kind: str) -> tuple[Cost, Path]:
     """ONNX Runtime's RTN."""
     out = work / f"ort-{kind}.onnx"
-    out.unlink(missing_ok=True)
+    for old in (out, out.with_name(out.name + ".data")):  # ONNX appends to external data that is there
+        old.unlink(missing_ok=True)
     command = [sys.executable, HERE / "ort_rtn_worker.py", bench / "onnx" / "model.onnx", "64", kind, out]
     return run(command, out.with_suffix(".log")), out
 

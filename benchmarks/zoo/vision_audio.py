@@ -69,10 +69,10 @@ def open_session(model: Path) -> "onnxruntime.InferenceSession":
 # --- reading --------------------------------------------------------------------------------------
 
 
-def text_lines(count: int, known: Iterable[str]) -> list[str]:
-    """Return the opening words of `count` sentences from all over the evaluation text made of `known` characters."""
+def text_lines(count: int, known: Iterable[str], *, training: bool = False) -> list[str]:
+    """Return the opening words of `count` sentences from all over the text made of `known` characters."""
     known, lines = set(known), []
-    for sentence in chain.from_iterable(documents()[1]):
+    for sentence in chain.from_iterable(documents()[0 if training else 1]):
         line = sentence[: LINE_LENGTH + 1].rpartition(" ")[0]
         if len(line) > LINE_LENGTH // 2 and known.issuperset(line):
             lines.append(line)
@@ -99,11 +99,22 @@ def charset(session: "onnxruntime.InferenceSession") -> list[str]:
     return ["", *characters.split("\n"), " "]
 
 
-def read_line(session: "onnxruntime.InferenceSession", classes: list[str], image: "Image.Image") -> str:
-    """Recognize a line: scale to the model's height and take the CTC output's best path, less the margins' spaces."""
+def line_pixels(image: "Image.Image") -> np.ndarray:
+    """Scale a line to the recognition model's height, float32 [1, 3, LINE_HEIGHT, width] in [-1, 1]."""
     width = round(image.width * LINE_HEIGHT / image.height)
     pixels = np.asarray(image.resize((width, LINE_HEIGHT)), np.float32) / 127.5 - 1
-    probabilities = session.run(None, {"x": np.broadcast_to(pixels, (1, 3, *pixels.shape))})[0][0]  # [steps, classes]
+    return np.broadcast_to(pixels, (1, 3, *pixels.shape))
+
+
+def line_feeds(count: int = 32) -> list[dict[str, np.ndarray]]:
+    """Return inputs to calibrate a recognition model on: rendered lines of the training text."""
+    lines = text_lines(count, string.printable, training=True)
+    return [{"x": line_pixels(render(text, size=24 + index % 4 * 8))} for index, text in enumerate(lines)]
+
+
+def read_line(session: "onnxruntime.InferenceSession", classes: list[str], image: "Image.Image") -> str:
+    """Recognize a line: take the CTC output's best path, less the margins' spaces."""
+    probabilities = session.run(None, {"x": line_pixels(image)})[0][0]  # [steps, classes]
     best = probabilities.argmax(-1)
     fresh = np.append(True, best[1:] != best[:-1])
     return "".join(classes[index] for index in best[fresh]).strip()
@@ -164,6 +175,20 @@ def recording() -> np.ndarray:
         return np.frombuffer(sound.readframes(sound.getnframes()), np.int16).astype(np.float32) / 32768
 
 
+def speech_frames() -> np.ndarray:
+    """Return the recording in frames of 32 ms after the end of the one before, float32 [frames, CONTEXT + FRAME]."""
+    frames = recording()
+    frames = frames[: len(frames) // FRAME * FRAME].reshape(-1, FRAME)
+    before = np.concatenate([np.zeros((1, CONTEXT), np.float32), frames[:-1, -CONTEXT:]])
+    return np.concatenate([before, frames], 1)
+
+
+def frame_feeds(count: int = 32) -> list[dict[str, np.ndarray]]:
+    """Return inputs of the silero-vad model that takes a sampling rate: frames of the recording, each heard afresh."""
+    frames, state, rate = speech_frames(), np.zeros((2, 1, 128), np.float32), np.array(RATE, np.int64)
+    return [{"input": frame[None], "state": state, "sr": rate} for frame in frames[:: len(frames) // count][:count]]
+
+
 def speech_probabilities(model: Path) -> np.ndarray:
     """Return a silero-vad model's probability of speech for each 32 ms frame of the recording, float32 [frames].
 
@@ -171,10 +196,7 @@ def speech_probabilities(model: Path) -> np.ndarray:
     """
     session = open_session(model)
     inputs = {value.name for value in session.get_inputs()}
-    frames = recording()
-    frames = frames[: len(frames) // FRAME * FRAME].reshape(-1, FRAME)
-    before = np.concatenate([np.zeros((1, CONTEXT), np.float32), frames[:-1, -CONTEXT:]])
-    frames = np.concatenate([before, frames], 1)  # [frames, CONTEXT + FRAME]
+    frames = speech_frames()
     if "h" in inputs:
         zero = np.zeros((1, 1, 128), np.float32)
         return session.run(None, {"input": frames, "h": zero, "c": zero})[0]

@@ -95,6 +95,12 @@ def test_divergence_of_equal_logits_is_zero_and_shifts_do_not_count():
     assert np.abs(kl_divergence(logits, logits + np.float32(1000))).max() < 1e-8
 
 
+def test_divergence_of_certain_and_contrary_predictions_is_large_but_finite():
+    """Each is certain of its own token by 2000 nats, far beyond what exp can take in float64."""
+    reference, other = np.array([[2000.0, 0.0]]), np.array([[0.0, 2000.0]])
+    assert kl_divergence(reference, other).tolist() == [2000]
+
+
 def test_tokens_that_cannot_occur_add_nothing():
     reference, other = normal((3, 10), seed=8), normal((3, 10), seed=9)
     want = kl_divergence(np.delete(reference, 4, 1), np.delete(other, 4, 1))
