@@ -24,7 +24,7 @@ class QuantizedTensor(ir.LazyTensor):
         zero_point: uint8 ``[N, G]``, or None where the zero is the middle code.
         spec: The format.
         columns: K.
-        layout: How the node stores the weight: see `graph.Layout`.
+        layout: How the node stores the weight: see `graph.Site`.
     """
 
     __slots__ = ("columns", "layout", "packed", "scale", "spec", "zero_point")
