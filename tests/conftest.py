@@ -1,5 +1,7 @@
 import importlib.util
+import logging
 
+import numpy as np
 import pytest
 
 
@@ -48,3 +50,43 @@ def pytest_collection_modifyitems(config, items):
         if problem:
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=problem))
+
+
+@pytest.fixture(autouse=True)
+def _same_logger():
+    """Commands set up the package's logger; every test gets it as it was."""
+    logger = logging.getLogger("qcompiler")
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def linear_file(tmp_path):
+    """model.onnx with one site, fc, whose weight is [64, 24]."""
+    from tests.builders import linear_model, serialized
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(serialized(linear_model(64, 24)))
+    return path
+
+
+@pytest.fixture
+def decoder_file(tmp_path):
+    """decoder.onnx with one layer."""
+    from tests.builders import decoder, serialized
+
+    path = tmp_path / "decoder.onnx"
+    path.write_bytes(serialized(decoder(layers=1)))
+    return path
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    """rows.npy with token ids for the decoder."""
+    from tests.builders import token_batches
+
+    path = tmp_path / "rows.npy"
+    np.save(path, np.concatenate([feeds["input_ids"] for feeds in token_batches(8)]))
+    return path
