@@ -1,6 +1,6 @@
 """Quantize a synthetic model of many layers that is larger than the memory it is allowed.
 
-usage: python benchmarks/big_model.py [--gb 3] [--samples 8]
+usage: python -m benchmarks.big_model [--gb 3] [--samples 8]
 
 Prints one JSON line for RTN and one for GPTQ: time and peak anonymous memory of the whole command, and whether the
 output loads and runs.
