@@ -149,7 +149,7 @@ _compile_options = _options(
         help="Execution provider(s); the first one calibrates. Default: CPUExecutionProvider.",
     ),
     click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads. Default: all cores."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Seeds everything random."),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds everything random."),
     click.option("--max-memory", help="Memory past which activations go to disk, for example 2GB."),
     click.option(
         "--verify/--no-verify", default=True, show_default=True, help="Compare the output with the float model."
@@ -246,9 +246,12 @@ def _bytes(text: str | None) -> int | None:
     upper = text.strip().upper()
     unit = next((u for u in sorted(units, key=len, reverse=True) if upper.endswith(u)), "")
     try:
-        return int(float(upper.removesuffix(unit)) * units.get(unit, 1))
-    except ValueError:
-        raise SchemeError(f"--max-memory {text} is not a size; write for example 2GB or 800MB") from None
+        size = int(float(upper.removesuffix(unit)) * units.get(unit, 1))
+    except (ValueError, OverflowError):
+        size = -1
+    if size < 0:
+        raise SchemeError(f"--max-memory {text} is not a size; write for example 2GB or 800MB")
+    return size
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -223,6 +223,8 @@ USAGE = {
     "no rows": (["--samples", 0], "--samples 0"),
     "no threads": (["--threads", -1], "-1 is not in the range"),
     "no size": (["--max-memory", "much"], "--max-memory much is not a size"),
+    "less than no size": (["--max-memory", "-1GB"], "--max-memory -1GB is not a size"),
+    "no seed": (["--seed", -1], "-1 is not in the range"),
     "no opset": (["--opset", 99], "--opset 99"),
     "floor without verification": (["--max-kl", 1, "--no-verify"], "drop them or --no-verify"),
     "no option": (["--nothing"], "No such option"),
