@@ -25,6 +25,12 @@ import numpy as np
 
 ROWS = 32
 """Positions whose vocabulary-wide rows are held as float32 at once."""
+_CACHE_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
 
 
 @dataclass(frozen=True)
@@ -81,23 +87,35 @@ class CausalLM:
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._config = path.with_name("genai_config.json")
 
-    def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Token ids [seq] -> logits [seq, vocab] in the model's own dtype."""
-        feeds = {value.name: self._feed(value, tokens[None]) for value in self._session.get_inputs()}
-        return self._session.run(["logits"], feeds)[0][0]
+    def logits(self, tokens: np.ndarray, pieces: int = 1) -> np.ndarray:
+        """Token ids [seq] -> logits [seq, vocab] in the model's own dtype.
 
-    def _feed(self, value: Any, tokens: np.ndarray) -> np.ndarray:
-        """Return the array for one input of the model, for tokens [1, seq]."""
+        In several pieces, one run each, every piece attends to the cache of those before it.
+        """
+        outputs = [value.name for value in self._session.get_outputs()]
+        cache: dict[str, np.ndarray] = {}
+        logits, seen = [], 0
+        for piece in np.array_split(tokens, pieces):
+            feeds = {v.name: self._feed(v, piece[None], seen) for v in self._session.get_inputs()} | cache
+            wanted = outputs if pieces > 1 else ["logits"]
+            results = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
+            logits.append(results.pop("logits")[0])
+            cache = {name.replace("present", "past_key_values"): array for name, array in results.items()}
+            seen += len(piece)
+        return np.concatenate(logits) if pieces > 1 else logits[0]
+
+    def _feed(self, value: Any, tokens: np.ndarray, seen: int) -> np.ndarray:
+        """Return the array for one input of the model, for tokens [1, seq] behind `seen` others."""
         if value.name == "input_ids":
             return tokens
         if value.name == "attention_mask":
-            return np.ones_like(tokens)
+            return np.ones((1, seen + tokens.shape[1]), tokens.dtype)
         if value.name == "position_ids":
-            return np.arange(tokens.shape[1])[None]
+            return np.arange(seen, seen + tokens.shape[1])[None]
         _, heads, _, size = value.shape  # past keys or values [batch, heads, past, head size]
         if not isinstance(size, int):
             size = json.loads(self._config.read_text())["model"]["decoder"]["head_size"]
-        return np.zeros((1, heads, 0, size), np.float16 if "float16" in value.type else np.float32)
+        return np.zeros((1, heads, 0, size), _CACHE_DTYPES[value.type])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -163,7 +181,9 @@ def compare(logits: np.ndarray, expected: np.ndarray, window: np.ndarray) -> np.
     return np.concatenate([columns[:2].mean(-1), columns[2:, :-1].mean(-1)])
 
 
-def score(model: Path, bench: Path, windows: int = 16, custom_ops: Path | None = None, threads: int = 0) -> Score:
+def score(
+    model: Path, bench: Path, windows: int = 16, custom_ops: Path | None = None, threads: int = 0, pieces: int = 1
+) -> Score:
     """Compare a model with the float model of a bench folder.
 
     Args:
@@ -172,6 +192,7 @@ def score(model: Path, bench: Path, windows: int = 16, custom_ops: Path | None =
         windows: how many windows of brown_eval.npy to score, from the first.
         custom_ops: shared library of custom ops that the model needs.
         threads: of the session; 0 lets ONNX Runtime choose.
+        pieces: runs that a window is cut into; those behind the first attend to the cache.
 
     Returns:
         The model's figures.
@@ -182,7 +203,7 @@ def score(model: Path, bench: Path, windows: int = 16, custom_ops: Path | None =
     results, seconds = [], 0.0
     for window, want in zip(tokens, expected, strict=False):  # the cache may hold more windows
         start = time.perf_counter()
-        logits = candidate.logits(window)
+        logits = candidate.logits(window, pieces)
         seconds += time.perf_counter() - start
         results.append(compare(logits, want, window))
     kl, top1, nll, nll_float = np.mean(results, 0, np.float64).tolist()
@@ -207,10 +228,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="windows of evaluation text (default: %(default)s)")
     parser.add_argument("--custom-ops", type=Path, metavar="LIBRARY", help="shared library of custom ops to register")
     parser.add_argument("--threads", type=int, default=0, help="threads of the session (default: one a core)")
+    parser.add_argument(
+        "--pieces", type=int, default=1, help="runs a window is cut into, each using the cache (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
     args = parser.parse_args()
     for model in args.models:
-        figures = score(model, args.bench, args.windows, args.custom_ops, args.threads)
+        figures = score(model, args.bench, args.windows, args.custom_ops, args.threads, args.pieces)
         print(json.dumps(asdict(figures)) if args.json else figures, flush=True)
 
 

@@ -17,7 +17,7 @@ from qcompiler.graph import SCHEME_KEY, Site, read_weight, write_weight
 from qcompiler.numerics.affine import Grid, WeightSpec
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.records import SiteRecord
-from qcompiler.scheme import Scheme
+from qcompiler.scheme import Activations, Scheme
 from qcompiler.segments import plan_segments
 from qcompiler.sites import find_sites
 from qcompiler.statistics import LayerFacts
@@ -33,6 +33,9 @@ __all__ = [
     "Stage",
     "WeightQuantizer",
     "assigned_sites",
+    "explicit_activations",
+    "quantizes_activations",
+    "site_scheme",
     "site_spec",
 ]
 
@@ -158,7 +161,31 @@ def assigned_sites(model: ir.Model) -> list[Site]:
 def site_spec(site: Site, config: CompileConfig) -> WeightSpec:
     """The WeightSpec of an assigned site."""
     scheme = Scheme.parse(site.node.metadata_props[SCHEME_KEY])
-    return scheme.spec(site.columns, site.scale_dtype, signed_scale=config.target in ("cpu", "cuda"))
+    return scheme.spec(
+        site.columns,
+        site.scale_dtype,
+        signed_scale=config.target in ("cpu", "cuda"),
+        reduced=config.reduce_range,
+    )
+
+
+def site_scheme(site: Site) -> Scheme | None:
+    """The scheme that the site was assigned, or None."""
+    text = site.node.metadata_props.get(SCHEME_KEY)
+    return Scheme.parse(text) if text else None
+
+
+def explicit_activations(site: Site) -> Activations | None:
+    """How the graph is to quantize what the site reads; None where it stays float, or the kernel does it."""
+    scheme = site_scheme(site)
+    return scheme.activations if scheme is not None and scheme.spelled_out else None
+
+
+def quantizes_activations(config: CompileConfig, *, dynamic: bool | None = None) -> bool:
+    """Whether a scheme of the plan has the graph quantize activations; with `dynamic`, at run time or not."""
+    found = (scheme.resolve(config.target) for scheme in config.plan.schemes)
+    kinds = [bool(scheme.activations.dynamic) for scheme in found if scheme.spelled_out and scheme.activations]
+    return bool(kinds) if dynamic is None else dynamic in kinds
 
 
 @dataclass(frozen=True)
@@ -209,7 +236,10 @@ class WeightQuantizer(QuantPass):
             rows = slice(start, start + len(weight))
             start = rows.stop
             grid = Grid(result.grid.scale[rows], result.grid.zero_point[rows])
+            original = site.weight.const_value
             tensor = write_weight(site, result.codes[rows], grid, spec, self.name)
+            # For passes that need the error W - Q. What lies on disk stays mapped there and costs no memory.
+            tensor.meta["original"] = original
             metrics = {
                 "sqnr_db": sqnr_db(weight, tensor.dequantized()),
                 "bits_per_weight": spec.stored_bits(site.columns),

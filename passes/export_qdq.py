@@ -15,6 +15,10 @@
    every other site has a DequantizeLinear and constants of its own, in the graph of its node; the data file holds equal
    ones once.
 
+5. Sites whose activations are quantized in the graph get one scale a column (a convolution: one an output channel,
+   along axis 0), whatever the output form is otherwise. The bias of a Gemm becomes int32 codes in the scale of the
+   product, without which ONNX Runtime leaves a Gemm with a float result in float; that of a convolution stays float.
+
 Symmetric weights are signed, ``code - mid``, without zero points; others are unsigned. Codes are turned and packed when
 the model is written, so that memory never holds them twice.
 """
@@ -29,8 +33,9 @@ from qcompiler.config import CompileConfig
 from qcompiler.errors import PassError
 from qcompiler.graph import PASS_KEY, Site, constant_array, unique_name
 from qcompiler.lowering import add_constant, make_node, replace_nodes
+from qcompiler.numerics.activation import quantize_bias
 from qcompiler.numerics.packing import integer_codes, pack_codes, pack_matmul_nbits, transpose_packed
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, quantizes_activations
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
@@ -47,12 +52,12 @@ class ExportQdq(QuantPass):
 
     name = "export_qdq"
     stage = Stage.LOWER
-    after = ("raise_opset",)
+    after = ("fuse_matmul_nbits", "fuse_gather")  # what they leave, or everything where they do not run
 
     @classmethod
     def applies(cls, config: CompileConfig) -> bool:
-        """For the output form QDQ."""
-        return config.output_format == "qdq"
+        """For the output form QDQ, and for schemes that quantize activations."""
+        return config.output_format == "qdq" or quantizes_activations(config)
 
     def call(self, model: ir.Model) -> QuantPassResult:
         """Rewrite site by site."""
@@ -107,6 +112,12 @@ class ExportQdq(QuantPass):
         return self._node(site, "Slice", [value, *(_sizes(site, name, number) for name, number in limits)])
 
     def _rewrite_linear(self, site: Site, tensor: QuantizedTensor, table: Constants | None) -> str:
+        if site.node.op_type == "Conv":
+            decode = self._node(site, "DequantizeLinear", _channel_constants(site, tensor), axis=0)
+            _graph(site).insert_before(site.node, decode)
+            site.node.replace_input_with(1, decode.outputs[0])
+            site.node.metadata_props[PASS_KEY] = self.name
+            return f"DequantizeLinear of {_dtype(tensor, 8).name.lower()}, per output channel"
         width = qdq_width(tensor.spec.bits, tensor.rows)
         before: list[ir.Node] = []
         if table is None:
@@ -146,6 +157,8 @@ class ExportQdq(QuantPass):
         extra = node.inputs[2] if len(node.inputs) > 2 else None
         if extra is not None:
             vector = _as_vector(extra, site)
+            if vector is not None and explicit_activations(site) is not None:
+                vector = self._integer_bias(site, vector)
             if vector is None:
                 product = self._node(site, "MatMul", [site.input, weight])
                 total = self._node(site, "Add", [product.outputs[0], extra])
@@ -155,8 +168,26 @@ class ExportQdq(QuantPass):
         node.replace_input_with(1, weight)
         node.attributes.pop("transB", None)
         node.metadata_props[PASS_KEY] = self.name
+        activations = explicit_activations(site)
+        if node.op_type == "Gemm" and activations is not None and activations.dynamic:
+            node.op_type = "MatMul"  # ONNX Runtime has no Gemm with activations that are quantized at run time
+            node.attributes.clear()
         if node.op_type == "MatMul":
             _straighten_added_bias(site)
+
+    def _integer_bias(self, site: Site, bias: ir.Value) -> ir.Value | None:
+        """The decoded int32 codes of a bias [N] in the scale of the product; None for one that is not constant."""
+        tensor, decode = site.quantized, site.input.producer()
+        scale = decode.inputs[1] if decode is not None else None
+        if bias.const_value is None or tensor is None or scale is None or scale.const_value is None:
+            return None
+        product = tensor.scale[:, 0].astype(np.float32) * np.float32(constant_array(scale))
+        codes = quantize_bias(constant_array(bias), product)
+        inputs = [add_constant(_graph(site), f"{bias.name}_codes", codes)]
+        inputs.append(add_constant(_graph(site), f"{bias.name}_scales", product.astype(tensor.scale.dtype)))
+        node = self._node(site, "DequantizeLinear", inputs, axis=0)
+        _graph(site).insert_before(site.node, node)
+        return node.outputs[0]
 
     def _node(self, site: Site, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Node:
         return make_node(_graph(site), op_type, inputs, attributes, site.node, self.name)
@@ -172,7 +203,8 @@ def _check(site: Site, opset: int) -> None:
     """Raise PassError for what has no QDQ form."""
     tensor, lookup = site.quantized, site.role == "embedding"
     assert tensor is not None
-    if site.node.op_type == "Conv" or (lookup and tensor.spec.bits != 8):
+    weight_only = explicit_activations(site) is None
+    if (site.node.op_type == "Conv" and weight_only) or (lookup and tensor.spec.bits != 8):
         raise PassError(
             f"export_qdq: '{site.name}' is a {site.node.op_type} of {tensor.spec.bits} bits, which has no QDQ form; "
             f"leave it float with --ignore '{site.name}', or use --format matmulnbits"
@@ -228,6 +260,18 @@ def _row_constants(site: Site) -> Constants:
     if tensor.zero_point is not None:
         made.append(add_constant(graph, f"{name}_table_zero_points", one_a_group(tensor.zero_point)))
     return tuple(made)
+
+
+def _channel_constants(site: Site, tensor: QuantizedTensor) -> list[ir.Value]:
+    """Constants of a convolution: codes int8 in the weight's shape, scales [N]."""
+    name = site.weight.name
+    shape = tuple(int(size) for size in tensor.shape.numpy())
+
+    def codes() -> np.ndarray:
+        return integer_codes(tensor.codes(), 8, signed=tensor.spec.symmetric, width=8)
+
+    scale = add_constant(_graph(site), f"{name}_scales", tensor.scale[:, 0])
+    return [_add_lazily(_graph(site), f"{name}_codes", _dtype(tensor, 8), shape, codes), scale]
 
 
 def _column_constants(site: Site, tensor: QuantizedTensor, width: int) -> list[ir.Value]:

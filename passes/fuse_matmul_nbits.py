@@ -5,7 +5,8 @@
 3. MatMul followed by nothing but an Add of a constant of N values takes it as the bias, where the target's kernels do.
 4. Conv with a kernel of one: Transpose to channels-last, MatMulNBits, Add of a bias that did not go in, Transpose back.
 
-Sites that share a weight share its B, scales and zero points. `accuracy_level` is always written.
+Sites that share a weight share its B, scales and zero points. `accuracy_level` is always written; it is 4 for schemes
+with 8-bit activations by blocks. Sites whose activations the graph quantizes are left to `export_qdq`.
 """
 
 import onnx_ir as ir
@@ -13,7 +14,7 @@ import onnx_ir as ir
 from qcompiler.config import CompileConfig
 from qcompiler.graph import Site
 from qcompiler.lowering import block_constants, make_node, replace_nodes
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, site_scheme
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
@@ -38,7 +39,7 @@ class FuseMatMulNBits(QuantPass):
         records = []
         for site in find_sites(model)[0]:
             tensor = site.quantized
-            if tensor is None or site.role == "embedding":
+            if tensor is None or site.role == "embedding" or explicit_activations(site) is not None:
                 continue
             level = self._rewrite(site, tensor)
             note = f"MatMulNBits, block {block_size(tensor.spec, tensor.columns)}, accuracy level {level}"
@@ -52,6 +53,9 @@ class FuseMatMulNBits(QuantPass):
         node, graph = site.node, site.node.graph
         assert graph is not None
         level = default_accuracy_level(tensor.spec.bits) if config.accuracy_level is None else config.accuracy_level
+        scheme = site_scheme(site)
+        if scheme is not None and scheme.activations is not None:
+            level = 4
         bias, absorbed = _bias(site, graph) if fuses_bias(config.target) else (None, None)
         attributes = {
             "K": tensor.columns,

@@ -18,7 +18,14 @@ from qcompiler.config import CompileConfig
 from qcompiler.errors import PassError, SchemeError
 from qcompiler.graph import SCHEME_KEY, collect_names, walk
 from qcompiler.opset_rules import CannotRaiseError, raise_node
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, site_spec
+from qcompiler.passes.base import (
+    QuantPass,
+    QuantPassResult,
+    Stage,
+    explicit_activations,
+    quantizes_activations,
+    site_spec,
+)
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
 from qcompiler.targets import MAX_OPSET, lacks_kernel, qdq_opset
@@ -37,8 +44,8 @@ class RaiseOpset(QuantPass):
 
     @classmethod
     def applies(cls, config: CompileConfig) -> bool:
-        """Where an opset is asked for, and for the output form QDQ."""
-        return config.opset is not None or config.output_format == "qdq"
+        """Where an opset is asked for, for the output form QDQ, and for schemes that quantize activations."""
+        return config.opset is not None or config.output_format == "qdq" or quantizes_activations(config)
 
     def call(self, model: ir.Model) -> QuantPassResult:
         """Run the cases in order."""
@@ -83,7 +90,10 @@ class RaiseOpset(QuantPass):
 def _needed(model: ir.Model, config: CompileConfig) -> tuple[int, str]:
     """The lowest opset that the output form can be written in, with the reason; 0 where any will do."""
     needed, why = 0, ""
-    for site in find_sites(model)[0] if config.output_format == "qdq" else ():
+    for site in find_sites(model)[0]:
+        activations = explicit_activations(site)
+        if config.output_format != "qdq" and activations is None:
+            continue
         if site.quantized is not None:
             spec = site.quantized.spec
         elif SCHEME_KEY in site.node.metadata_props:
@@ -91,6 +101,8 @@ def _needed(model: ir.Model, config: CompileConfig) -> tuple[int, str]:
         else:
             continue
         opset = qdq_opset(spec, site.rows, site.columns, lookup=site.role == "embedding")
+        if activations is not None and activations.bits == 16:
+            opset = max(opset, 21)
         if opset > needed:
             needed, why = opset, f"'{site.name}' as {spec} needs {opset}"
     return needed, why

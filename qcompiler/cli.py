@@ -79,6 +79,15 @@ _compile_options = _options(
         type=click.Path(path_type=Path),
         help="Data to measure on: .npz, folder of .npz, .npy of token ids, .jsonl or text.",
     ),
+    click.option(
+        "--calibrator",
+        default="auto",
+        show_default=True,
+        help="Ranges of activations: minmax, average, percentile, mse, entropy, or auto: the least error of each.",
+    ),
+    click.option(
+        "--reduce-range", is_flag=True, help="7-bit weights under 8-bit activations, for x86 processors without VNNI."
+    ),
     click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json for text calibration data."),
     click.option(
         "--samples", type=int, help="Rows of calibration data to use, evenly spaced; N/8 others verify. Default: all."

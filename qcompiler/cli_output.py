@@ -127,7 +127,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]])
 
 def print_plan(plan: "Plan") -> None:
     """What a compilation would do."""
-    if plan.sites:
+    if any(site.scheme for site in plan.sites):
         _table("Plan", ("site", "N x K", "scheme", "kernel", "MB"), [
             (s.name, f"{s.rows} x {s.columns}", s.scheme or f"float: {s.reason}", s.kernel, _size(s.stored_bytes / 1e6))
             for s in plan.sites

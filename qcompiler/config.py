@@ -10,10 +10,11 @@ import numpy as np
 from qcompiler.errors import SchemeError
 from qcompiler.scheme import Scheme, SchemePlan
 
-__all__ = ["FORMATS_OUT", "TARGETS", "CompileConfig"]
+__all__ = ["CALIBRATORS", "FORMATS_OUT", "TARGETS", "CompileConfig"]
 
 TARGETS = ("cpu", "cuda", "tensorrt", "portable")
 FORMATS_OUT = ("matmulnbits", "qdq")
+CALIBRATORS = ("auto", "minmax", "average", "percentile", "mse", "entropy")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class CompileConfig:
         sequential: Take the sites of a segment in data-flow order, each seeing what the quantized prefix produces.
         provider: ONNX Runtime execution provider that calibration runs on.
         threads: Threads of ONNX Runtime and numpy; 0 takes all cores.
+        calibrator: How ranges of activations are chosen: a name from `CALIBRATORS`.
+        reduce_range: Use 7 of the 8 bits of weights that meet 8-bit activations, for x86 processors without VNNI.
         seed: Seeds everything random.
         max_memory: Bytes of anonymous memory past which activations and codes are spilled to disk; None is unlimited.
         verify: Whether the output is compared with the float model.
@@ -60,6 +63,8 @@ class CompileConfig:
     sequential: bool = True
     provider: str = "CPUExecutionProvider"
     threads: int = 0
+    calibrator: str = "auto"
+    reduce_range: bool = False
     seed: int = 0
     max_memory: int | None = None
     verify: bool = True
@@ -75,6 +80,7 @@ class CompileConfig:
         for value, known, option in (
             (self.target, TARGETS, "--target"),
             (self.output_format, FORMATS_OUT, "--format"),
+            (self.calibrator, CALIBRATORS, "--calibrator"),
         ):
             if value not in known:
                 raise SchemeError(f"{option} {value} is unknown; choose one of {', '.join(known)}")
@@ -107,6 +113,8 @@ class CompileConfig:
             "samples": self.samples,
             "sequence_length": self.sequence_length,
             "sequential": self.sequential,
+            "calibrator": self.calibrator,
+            "reduce_range": self.reduce_range,
             "threads": self.threads,
             "seed": self.seed,
         }

@@ -45,13 +45,15 @@ class Site:
         name: What reports print: the exporter's module path, else the node's or the weight's name.
         node: The MatMul, Gemm, Conv or Gather.
         weight: The initializer.
-        layout: How the model stores it: ``NK``, ``KN``, ``1KN``, or ``NK1``, ``NK11`` (a convolution of kernel one).
+        layout: How the model stores it: ``NK``, ``KN``, ``1KN``, or ``N:C,h,w`` for the [N, C, h, w] of a convolution,
+            whose K is C * h * w.
         rows: N.
         columns: K.
-        role: ``linear``, ``embedding`` or ``lm_head``.
+        role: ``linear``, ``conv``, ``embedding`` or ``lm_head``.
         transpose: The Transpose between weight and node, if there is one.
         nested: Name of the control-flow node whose body holds the site, or empty.
         names: Every name that patterns may use.
+        not_linear: Why it is no linear layer, so that weight-only kernels cannot run it; empty if it is one.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Site:
     transpose: ir.Node | None = None
     nested: str = ""
     names: tuple[str, ...] = field(default=())
+    not_linear: str = ""
 
     @property
     def input(self) -> ir.Value:
@@ -123,12 +126,13 @@ def write_weight(site: Site, codes: np.ndarray, grid: Any, spec: WeightSpec, pas
 
 
 def collect_names(graph: ir.Graph) -> None:
-    """Note the names of all values of a graph and its bodies, so that `unique_name` knows them in each of these."""
+    """Note the names of all values and nodes of a graph and its bodies, so that `unique_name` knows them in each."""
     graphs = (graph, *graph.subgraphs())
     taken: set[str | None] = set()
     for part in graphs:
         taken.update(value.name for value in (*part.inputs, *part.initializers.values()))
         for node in part:
+            taken.add(node.name)
             taken.update(value.name for value in (*node.inputs, *node.outputs) if value is not None)
     for part in graphs:
         part.meta[_NAMES_KEY] = taken

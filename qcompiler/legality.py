@@ -3,6 +3,7 @@
 * Always: every value that is read is an input, an initializer or computed by an earlier node; names are unique.
 * Before LOWER: no operator of ours or of ONNX Runtime's quantized family has appeared that was not in the user's
   model (which may be one that was compiled before): a quantized weight is a QuantizedTensor and nothing else.
+  Q/DQ pairs that round activations are no such operators.
 * From CLEANUP on: no QuantizedTensor is left; all have been spelled out.
 """
 
@@ -20,14 +21,23 @@ if TYPE_CHECKING:
 
 __all__ = ["check_legal", "lowered_nodes"]
 
-_LOWERED = {"MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"}
+_LOWERED = {"MatMulNBits", "GatherBlockQuantized"}
 _LOWER, _CLEANUP = 4, 5
 
 
 def lowered_nodes(model: ir.Model) -> set[ir.Node]:
     """The nodes that a lowering pass made, in this compilation or an earlier one."""
     nodes = ir.traversal.RecursiveGraphIterator(model.graph)
-    return {node for node in nodes if node.op_type in _LOWERED and PASS_KEY in node.metadata_props}
+    return {node for node in nodes if _is_lowered(node) and PASS_KEY in node.metadata_props}
+
+
+def _is_lowered(node: ir.Node) -> bool:
+    """Whether the node spells a weight out; a DequantizeLinear with one scale in all decodes an activation."""
+    if node.op_type == "DequantizeLinear":
+        codes, scale = node.inputs[0], node.inputs[1]
+        constant = codes is not None and codes.const_value is not None
+        return constant and scale is not None and scale.const_value is not None and scale.const_value.shape.rank() > 0
+    return node.op_type in _LOWERED
 
 
 def check_legal(model: ir.Model, stage: "Stage", culprit: str, given: Collection[ir.Node] = ()) -> None:

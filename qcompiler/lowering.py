@@ -10,7 +10,7 @@ from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, Site, unique_name
 from qcompiler.numerics.packing import pack_codes, pack_matmul_nbits
 from qcompiler.targets import block_size
 
-__all__ = ["add_constant", "block_constants", "make_node", "replace_nodes"]
+__all__ = ["add_constant", "append_nodes", "block_constants", "make_node", "replace_nodes"]
 
 
 def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -84,3 +84,17 @@ def replace_nodes(graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node
     result.replace_all_uses_with(output, replace_graph_outputs=True)
     graph.remove(old, safe=True)
     output.name = name
+
+
+def append_nodes(graph: ir.Graph, node: ir.Node, new: Sequence[ir.Node]) -> None:
+    """Put `new`, of which new[0] reads the node's result, behind `node`; all other readers get the last result."""
+    result, output = node.outputs[0], new[-1].outputs[0]
+    graph.insert_after(node, new)
+    output.type, output.shape, name = result.type, result.shape, result.name
+    for reader, index in list(result.uses()):
+        if reader not in new:
+            reader.replace_input_with(index, output)
+    for index, other in enumerate(graph.outputs):
+        if other is result:
+            graph.outputs[index] = output
+    result.name, output.name = unique_name(graph, f"{name}_before_{new[0].op_type}"), name

@@ -156,12 +156,14 @@ def plan_model(source: str | Path, config: CompileConfig, *, pipeline_text: str 
         rows = config.samples or 128
         memory += 40 * widest * widest + rows * 512 * widest * 4 * 2
     text, after = ",".join(str(step) for step in full), _bytes_after(model, found, config)
-    return Plan(sites, _counted(refusals), text, before, after, memory)
+    left = [site for site, planned in zip(found, sites, strict=True) if not planned.scheme]
+    return Plan(sites, _counted(refusals, left), text, before, after, memory)
 
 
-def _counted(refusals: Iterable[Refusal]) -> tuple[tuple[int, str], ...]:
-    """How often each reason occurs, the most frequent first."""
-    return tuple((count, reason) for reason, count in Counter(r.reason for r in refusals).most_common())
+def _counted(refusals: Iterable[Refusal], sites: Iterable[Site] = ()) -> tuple[tuple[int, str], ...]:
+    """How often each reason why there is no site, or no weight-only one, occurs, the most frequent first."""
+    reasons = [refusal.reason for refusal in refusals] + [site.not_linear for site in sites if site.not_linear]
+    return tuple((count, reason) for reason, count in Counter(reasons).most_common())
 
 
 def inspect_model(source: str | Path) -> Inspection:

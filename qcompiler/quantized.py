@@ -78,9 +78,9 @@ class QuantizedTensor(ir.LazyTensor):
 
 def stored_shape(layout: str, rows: int, columns: int) -> tuple[int, ...]:
     """Shape in which the model stores an [N, K] weight."""
-    return {"NK": (rows, columns), "KN": (columns, rows), "1KN": (1, columns, rows)}.get(
-        layout, (rows, columns) + (1,) * layout.count("1")
-    )
+    if layout.startswith("N:"):
+        return (rows, *map(int, layout[2:].split(",")))
+    return {"NK": (rows, columns), "KN": (columns, rows), "1KN": (1, columns, rows)}[layout]
 
 
 def to_stored(weight: np.ndarray, layout: str) -> np.ndarray:
@@ -94,4 +94,4 @@ def from_stored(weight: np.ndarray, layout: str) -> np.ndarray:
     """The shape that the model stores -> [N, K]; a view."""
     if layout in ("KN", "1KN"):
         return np.swapaxes(weight, -1, -2).reshape(weight.shape[:-3:-1])
-    return np.reshape(weight, weight.shape[:2])
+    return np.reshape(weight, (len(weight), -1))

@@ -1,20 +1,25 @@
-"""The scheme grammar: ``w4a16-g64-asym`` and the plan that says which site gets which scheme.
+"""The scheme grammar and the plan that says which site gets which scheme.
 
-    scheme   = alias | "w" BITS "a16" *( "-" option )
-    option   = "g" SIZE | "channel" | "sym" | "asym"
+    scheme   = alias | "w" BITS "a" WIDTH *( "-" option )
+    WIDTH    = "16" (activations stay float) | "8" | "16int"
+    option   = "g" SIZE | "channel" | "head" SIZE | "sym" | "asym" | "static" | "dynamic" | "tensor" | "token" | "fp8"
 
 What a scheme leaves open is filled in by the target (`Scheme.resolve`), so that the same text means the form that each
-target runs fast.
+target runs fast. With integer activations weights are symmetric, and "sym" and "asym" speak of the activations. In the
+block form (4- or 2-bit weights, or a group size) the kernel quantizes activations itself, and "sym" and "asym" speak of
+the weights.
 """
 
 import re
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qcompiler.errors import SchemeError
+from qcompiler.numerics.activation import ActivationSpec
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.formats import FORMATS
 
-__all__ = ["ALIASES", "GROUP_SIZES", "Pattern", "Scheme", "SchemePlan", "parse_optional_scheme"]
+__all__ = ["ALIASES", "GROUP_SIZES", "Activations", "Pattern", "Scheme", "SchemePlan", "parse_optional_scheme"]
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 ALIASES = {
@@ -25,10 +30,55 @@ ALIASES = {
     "q4": "w4a16-g32-sym",
     "q8": "w8a16-g32-sym",
 }
-_WIDTH = re.compile(r"w(\d+(?:\.\d+)?)a(\d+)")
+_WIDTH = re.compile(r"w(\d+(?:\.\d+)?)a(16int|\d+)")
 _GRAMMAR = (
-    "w{2,4,8}a16 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, -sym | -asym (for example w4a16-g64-asym)"
+    "w{2,4,8}a16 or w{2,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, -sym | -asym (for example "
+    "w4a16-g64-asym), or w8a8 followed by any of -channel | -headSIZE, -static | -dynamic, -tensor | -token, "
+    "-sym | -asym, -fp8 (for example w8a8-dynamic-token), or w8a16int"
 )
+_TWICE = {
+    "granularity": "gives two granularities; keep one of -gSIZE and -channel",
+    "symmetric": "says twice whether it is symmetric; keep one of -sym and -asym",
+    "dynamic": "says twice when activations are quantized; keep one of -static and -dynamic",
+    "shared": "gives two granularities of activations; keep one of -tensor and -token",
+    "fp8": "says -fp8 twice",
+}
+# What only speaks of activations that the graph quantizes.
+_OF_CODES = ("dynamic", "shared", "fp8")
+_WORDS: dict[str, tuple[str, Any]] = {
+    "sym": ("symmetric", True),
+    "asym": ("symmetric", False),
+    "static": ("dynamic", False),
+    "dynamic": ("dynamic", True),
+    "tensor": ("shared", "tensor"),
+    "token": ("shared", "token"),
+    "channel": ("granularity", ("g", 0)),
+    "fp8": ("fp8", True),
+}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How what a site reads is quantized; None marks what is still open.
+
+    Attributes:
+        bits: 8 or 16.
+        dynamic: Whether scales are computed at run time.
+        granularity: What shares a scale: ``tensor``, ``token``, or ``block`` (a token's values within one block of the
+            weight: the kernel does it inside).
+        symmetric: Whether zero is the middle code.
+        fp8: 8-bit floats (E4M3) in the place of integers.
+    """
+
+    bits: int = 8
+    dynamic: bool | None = None
+    granularity: str | None = None
+    symmetric: bool | None = None
+    fp8: bool = False
+
+    def spec(self, *, signed: bool = False) -> ActivationSpec:
+        """The number format; the scheme must be resolved."""
+        return ActivationSpec(self.bits, signed, bool(self.symmetric), self.fp8)
 
 
 @dataclass(frozen=True)
@@ -39,11 +89,20 @@ class Scheme:
         bits: Weight bits.
         group_size: Columns that share a scale; 0 means one scale for each output channel.
         symmetric: Whether the zero is the middle code.
+        activations: How activations are quantized; None keeps them float.
+        head_size: Output channels that share a scale; 0 gives each its own.
     """
 
     bits: int
     group_size: int | None = None
     symmetric: bool | None = None
+    activations: Activations | None = None
+    head_size: int = 0
+
+    @property
+    def spelled_out(self) -> bool:
+        """Whether the graph quantizes the activations, so that an integer (or 8-bit float) operator runs the site."""
+        return self.activations is not None and self.activations.granularity != "block"
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
@@ -52,33 +111,62 @@ class Scheme:
         width = _WIDTH.fullmatch(head)
         if not width:
             raise SchemeError(f"scheme '{text}': '{head}' is not understood; expected {_GRAMMAR}, or {_aliases()}")
-        if width[2] != "16":
+        if width[2] not in ("16", "8", "16int"):
             raise SchemeError(f"scheme '{text}': activations of {width[2]} bits are not available; expected {_GRAMMAR}")
         if not width[1].isdigit() or int(width[1]) not in FORMATS:
             known = ", ".join(map(str, FORMATS))
             raise SchemeError(f"scheme '{text}': weights of {width[1]} bits are not available; known widths: {known}")
-        scheme = cls(int(width[1]))
+        given: dict[str, Any] = {}
         for option in options:
-            scheme = scheme._with(option, text)
-        return scheme
+            kind, value = _option(option, text)
+            if kind in given:
+                raise SchemeError(f"scheme '{text}' {_TWICE[kind]}")
+            given[kind] = value
+        return cls._made(int(width[1]), width[2], given, text)
 
-    def _with(self, option: str, text: str) -> "Scheme":
-        if option in ("sym", "asym"):
-            if self.symmetric is not None:
-                raise SchemeError(f"scheme '{text}' says twice whether it is symmetric; keep one of -sym and -asym")
-            return replace(self, symmetric=option == "sym")
-        size = re.fullmatch(r"g(\d+)", option)
-        if size or option == "channel":
-            if self.group_size is not None:
-                raise SchemeError(f"scheme '{text}' gives two granularities; keep one of -gSIZE and -channel")
-            if size and int(size[1]) not in GROUP_SIZES:
-                sizes = ", ".join(map(str, GROUP_SIZES))
-                raise SchemeError(f"scheme '{text}': group size {size[1]} has no kernel; known sizes: {sizes}")
-            return replace(self, group_size=int(size[1]) if size else 0)
-        raise SchemeError(f"scheme '{text}': option '-{option}' is not understood; expected {_GRAMMAR}")
+    @classmethod
+    def _made(cls, bits: int, width: str, given: dict[str, Any], text: str) -> "Scheme":
+        """The scheme of options; raises SchemeError for those that do not go together."""
+        unit, size = given.get("granularity", ("g", None))
+        block = width == "8" and (bits != 8 or bool(size and unit == "g"))
+        if width == "16" or block:
+            extra = [w for w, (kind, value) in _WORDS.items() if kind in _OF_CODES and given.get(kind) == value]
+            if extra or unit == "head":
+                what = "a group size: its kernel quantizes activations itself" if block else "float activations"
+                wrong = "head" if unit == "head" else extra[0]
+                raise SchemeError(f"scheme '{text}': -{wrong} does not go with {what}; expected {_GRAMMAR}")
+            activations = Activations(granularity="block", dynamic=True) if block else None
+            return cls(bits, size, given.get("symmetric"), activations)
+        if bits != 8 or (width == "16int" and given.get("fp8")):
+            raise SchemeError(f"scheme '{text}': 16-bit integer activations go with 8-bit integer weights (w8a16int)")
+        shared, dynamic, symmetric = given.get("shared"), given.get("dynamic"), given.get("symmetric")
+        if shared == "token" and dynamic is False:
+            raise SchemeError(f"scheme '{text}': a scale for each token is computed at run time; write -dynamic-token")
+        if dynamic and width == "16int":
+            raise SchemeError(f"scheme '{text}': 16-bit activations are calibrated; write w8a16int")
+        if dynamic and symmetric is not None and symmetric != (shared != "tensor"):
+            raise SchemeError(
+                f"scheme '{text}': at run time zero points are computed for -tensor and absent for -token"
+            )
+        if given.get("fp8") and (dynamic or symmetric is False):
+            raise SchemeError(f"scheme '{text}': 8-bit floats are static and have no zero points; write w8a8-fp8")
+        activations = Activations(
+            16 if width == "16int" else 8, dynamic or shared == "token" or dynamic, shared, symmetric
+        )
+        activations = replace(activations, fp8=bool(given.get("fp8")))
+        return cls(8, 0, True, activations, size if unit == "head" else 0)
 
     def resolve(self, target: str) -> "Scheme":
         """Fill in what was left open with what `target` runs fast: see `docs/schemes.md`."""
+        if self.activations is not None and self.spelled_out:
+            a = self.activations
+            dynamic = bool(a.dynamic)
+            granularity = a.granularity or ("token" if dynamic else "tensor")
+            # TensorRT and 8-bit floats have no zero points; a token's scale is computed without one.
+            zeroless = a.fp8 or granularity == "token" or target == "tensorrt"
+            symmetric = zeroless if a.symmetric is None else a.symmetric
+            resolved = replace(a, dynamic=dynamic, granularity=granularity, symmetric=symmetric)
+            return replace(self, activations=resolved)
         group_size, symmetric = (32, True) if target == "cuda" else (64, False)
         return replace(
             self,
@@ -86,20 +174,43 @@ class Scheme:
             symmetric=symmetric if self.symmetric is None else self.symmetric,
         )
 
-    def spec(self, columns: int, scale_dtype: str, *, signed_scale: bool = True) -> WeightSpec:
+    def spec(self, columns: int, scale_dtype: str, *, signed_scale: bool = True, reduced: bool = False) -> WeightSpec:
         """The WeightSpec of a weight with `columns` columns (K); the scheme must be resolved."""
         if self.group_size is None or self.symmetric is None:
             raise SchemeError(f"scheme '{self}' has to be resolved for a target first")
+        if self.activations is not None and self.spelled_out:
+            return WeightSpec(8, columns, True, False, scale_dtype, self.head_size, reduced, self.activations.fp8)
         return WeightSpec(self.bits, self.group_size or columns, self.symmetric, signed_scale, scale_dtype)
 
     def __str__(self) -> str:
         """Canonical text; parsing it gives the scheme back."""
-        text = f"w{self.bits}a16"
-        if self.group_size is not None:
+        a = self.activations
+        text = f"w{self.bits}a" + ("16" if a is None else "16int" if a.bits == 16 else "8")
+        if self.head_size:
+            text += f"-head{self.head_size}"
+        elif self.group_size is not None and not self.spelled_out:
             text += f"-g{self.group_size}" if self.group_size else "-channel"
-        if self.symmetric is not None:
-            text += "-sym" if self.symmetric else "-asym"
-        return text
+        symmetric = self.symmetric
+        if a is not None and self.spelled_out:
+            symmetric = a.symmetric
+            text += "" if a.dynamic is None else "-dynamic" if a.dynamic else "-static"
+            text += f"-{a.granularity}" if a.granularity else ""
+        if symmetric is not None:
+            text += "-sym" if symmetric else "-asym"
+        return text + ("-fp8" if a is not None and a.fp8 else "")
+
+
+def _option(option: str, text: str) -> tuple[str, Any]:
+    """What an option of a scheme says: (kind, value)."""
+    if option in _WORDS:
+        return _WORDS[option]
+    size = re.fullmatch(r"(g|head)(\d+)", option)
+    if not size or (size[1] == "head" and not int(size[2])):
+        raise SchemeError(f"scheme '{text}': option '-{option}' is not understood; expected {_GRAMMAR}")
+    if size[1] == "g" and int(size[2]) not in GROUP_SIZES:
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise SchemeError(f"scheme '{text}': group size {size[2]} has no kernel; known sizes: {sizes}")
+    return "granularity", (size[1], int(size[2]))
 
 
 def _aliases() -> str:
@@ -151,6 +262,12 @@ class SchemePlan:
     ignore: tuple[Pattern, ...] = ()
     only: tuple[Pattern, ...] = ()
 
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Every scheme that the plan names."""
+        named = (self.default, self.embedding, self.lm_head, *(scheme for _, scheme in self.overrides))
+        return tuple(scheme for scheme in named if scheme is not None)
+
     def scheme_for(self, role: str, names: tuple[str, ...]) -> tuple[Scheme | None, str]:
         """The scheme of a site, or None with the reason why it stays float."""
         for pattern in self.ignore:
@@ -161,8 +278,8 @@ class SchemePlan:
         for pattern, scheme in reversed(self.overrides):
             if pattern.matches(names):
                 return scheme, f"left float (--set {pattern.text}=float)" if scheme is None else ""
-        scheme = {"linear": self.default, "embedding": self.embedding, "lm_head": self.lm_head}[role]
-        option = "--scheme" if role == "linear" else "--" + role.replace("_", "-")
+        scheme = {"embedding": self.embedding, "lm_head": self.lm_head}.get(role, self.default)
+        option = "--scheme" if role in ("linear", "conv") else "--" + role.replace("_", "-")
         return scheme, f"left float ({option} float)" if scheme is None else ""
 
     def unmatched(self, all_names: list[tuple[str, ...]]) -> list[str]:

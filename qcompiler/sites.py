@@ -1,13 +1,14 @@
 """Where the quantizable weights of a model are, and why what looks like one is none."""
 
 import ast
+import math
 from collections.abc import Callable
 
 import onnx_ir as ir
 
 from qcompiler.graph import SITE_KEY, Refusal, Site, collect_names, walk
 
-__all__ = ["find_sites", "module_path"]
+__all__ = ["find_sites", "module_path", "node_names"]
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 # Smaller tables cost more in scales and in the operator's overhead than they save.
@@ -42,14 +43,15 @@ def find_sites(model: ir.Model) -> tuple[list[Site], list[Refusal]]:
             found.nested = nested
             sites.append(found)
         elif found:
-            names = _names(node, None)
+            names = node_names(node)
             refusals.append(Refusal(names[0] if names else node.op_type, found, names))
     _name_sites(sites)
     _find_lm_head(model, sites)
     return sites, refusals
 
 
-def _names(node: ir.Node, weight: ir.Value | None) -> tuple[str, ...]:
+def node_names(node: ir.Node, weight: ir.Value | None = None) -> tuple[str, ...]:
+    """The names that patterns may use for a node: its module, its own and its weight's."""
     candidates = (module_path(node), node.name, weight.name if weight is not None else None)
     return tuple(dict.fromkeys(name for name in candidates if name))
 
@@ -61,7 +63,7 @@ def _name_sites(sites: list[Site]) -> None:
     """
     count: dict[str, int] = {}
     for site in sites:
-        site.names = _names(site.node, site.weight)
+        site.names = node_names(site.node, site.weight)
         for name in site.names:
             count[name] = count.get(name, 0) + 1
     for site in sites:
@@ -160,6 +162,13 @@ def _match_conv(node: ir.Node) -> Site | str | None:
     if _not_float(weight):
         return _other_type(weight)
     shape = _shape_of(weight)
+    layout, columns = "N:" + ",".join(map(str, shape[1:])), math.prod(shape[1:])
+    problem = _not_linear(node, shape)
+    return Site("", node, weight, layout, shape[0], columns, "conv" if problem else "linear", not_linear=problem)
+
+
+def _not_linear(node: ir.Node, shape: tuple[int, ...]) -> str:
+    """Why a convolution with a weight of this shape is no linear layer over its channels; empty if it is one."""
     if any(size != 1 for size in shape[2:]):
         return f"a convolution with a kernel of {list(shape[2:])} has no weight-only kernel"
 
@@ -175,7 +184,7 @@ def _match_conv(node: ir.Node) -> Site | str | None:
         return "a convolution of kernel 1 with stride or padding is not a linear layer"
     if auto_pad is not None and auto_pad.as_string() not in ("NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"):
         return "a convolution with unknown auto_pad is not a linear layer"
-    return Site("", node, weight, "NK" + "1" * (len(shape) - 2), shape[0], shape[1])
+    return ""
 
 
 def _match_gather(node: ir.Node) -> Site | str | None:
@@ -220,11 +229,11 @@ def _decoded_source(value: ir.Value | None) -> str | None:
 
 
 def _match_recurrent(node: ir.Node) -> str:
-    return f"{node.op_type} has no weight-only kernel"
+    return f"{node.op_type} has no integer kernel"
 
 
 def _match_transposed_conv(node: ir.Node) -> str:
-    return "a transposed convolution has no weight-only kernel"
+    return "a transposed convolution has no integer kernel"
 
 
 # What turns codes into a float weight.

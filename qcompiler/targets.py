@@ -3,7 +3,10 @@
 The facts were measured on ONNX Runtime 1.31 (CPU) or read out of its CUDA build.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
 from qcompiler.numerics.affine import WeightSpec, storage_dtype
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_IR_VERSION",
     "MAX_OPSET",
+    "IntegerRules",
     "block_size",
     "default_accuracy_level",
     "fuses_bias",
@@ -36,6 +40,60 @@ _KERNELS_END = dict.fromkeys(
     ),
     22,
 )  # fmt: skip
+
+
+# Operators with integer kernels in ONNX Runtime's CPU provider, and which of their inputs are codes; () means all.
+# Softmax, HardSwish and Sub are left out: their integer forms are slower than float, or do not exist.
+_ARITHMETIC: dict[str, tuple[int, ...]] = {
+    "Add": (), "Mul": (), "Sigmoid": (0,), "LeakyRelu": (0,), "AveragePool": (0,), "GlobalAveragePool": (0,),
+}  # fmt: skip
+# Operators that run on codes as they are, whatever these mean: scale and zero point are the same in front and behind.
+_MOVES: dict[str, tuple[int, ...]] = {
+    "MaxPool": (0,), "Reshape": (0,), "Transpose": (0,), "Flatten": (0,), "Squeeze": (0,), "Unsqueeze": (0,),
+    "Slice": (0,), "Resize": (0,), "Concat": (),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class IntegerRules:
+    """Which operators a target runs on codes.
+
+    Attributes:
+        signed: Activations are int8 in the place of uint8.
+        followers: Whether operators without weights run on codes too.
+        results: Whether a convolution needs its result quantized to become an integer kernel.
+    """
+
+    signed: bool = False
+    followers: bool = True
+    results: bool = True
+
+    @classmethod
+    def of(cls, target: str, *, fp8: bool) -> "IntegerRules":
+        """The rules of a target; TensorRT places its own integer kernels around quantized products."""
+        if fp8 or target == "tensorrt":
+            return cls(signed=True, followers=False, results=False)
+        return cls()
+
+    def follows(self, node: ir.Node) -> tuple[int, ...] | None:
+        """The inputs that are codes when an operator without weights runs on codes; None where it cannot."""
+        if not self.followers or node.domain != "" or len(node.outputs) != 1:
+            return None
+        if node.op_type == "Resize":
+            mode = node.attributes.get("mode")
+            if mode is not None and mode.as_string() != "nearest":
+                return None
+        return _ARITHMETIC.get(node.op_type, _MOVES.get(node.op_type))
+
+    def moves(self, node: ir.Node) -> bool:
+        """Whether a node's result has the scale of what it reads."""
+        return node.op_type in _MOVES
+
+    def result_is_quantized(self, node: ir.Node) -> bool:
+        """Whether an integer node's result is codes; products and Gemm decode theirs themselves."""
+        if node.op_type == "Conv":
+            return self.results
+        return node.op_type in _ARITHMETIC or node.op_type in _MOVES
 
 
 def default_accuracy_level(bits: int) -> int:
@@ -75,12 +133,41 @@ def fuses_bias(target: str) -> bool:
 
 def site_refusal(site: "Site", scheme: Scheme, config: CompileConfig) -> str:
     """Why the target cannot run the site under the scheme; empty if it can."""
+    if scheme.spelled_out:
+        return _integer_refusal(site, scheme, config.target)
+    if site.not_linear:
+        return site.not_linear
     if site.role == "embedding" and config.output_format == "qdq" and scheme.bits != 8:
         return f"no portable operator looks up {scheme.bits}-bit rows; use --embedding w8a16 or --embedding float"
     if site.role == "embedding" and site.columns < (scheme.group_size or 16):
         return f"rows of {site.columns} values are shorter than one group"
     if config.output_format == "qdq" and site.node.op_type == "Conv":
         return "a convolution behind DequantizeLinear runs slower than in float"
+    if config.output_format == "qdq" and scheme.activations is not None:
+        return "no operator but MatMulNBits quantizes activations by blocks; use --format matmulnbits"
+    return ""
+
+
+def _integer_refusal(site: "Site", scheme: Scheme, target: str) -> str:
+    """The same for schemes whose activations are quantized in the graph."""
+    activations = scheme.activations
+    assert activations is not None
+    if site.role == "embedding":
+        return "a lookup has no activations to quantize; use --embedding w8a16"
+    if target == "cuda" and not activations.fp8:
+        return "ONNX Runtime's CUDA provider has no integer kernels; use w4a16, w8a8-fp8, or --target tensorrt"
+    if activations.fp8 and target == "cpu":
+        return "the CPU has no kernels for 8-bit floats; use w8a8, or --target cuda or tensorrt"
+    if activations.bits == 16 and target != "portable":
+        return f"{target} has no kernel for 16-bit integer activations; use w8a8, or --target portable"
+    if site.dtype == ir.DataType.BFLOAT16:
+        return "QuantizeLinear has no bfloat16 kernel; convert the model to float32"
+    if activations.dynamic and site.node.op_type == "Conv":
+        return "a convolution whose input is quantized at run time is slower than in float; use the static w8a8"
+    if site.nested and not activations.dynamic:
+        return f"inside the body of {site.nested}, where no ranges can be measured; use w8a8-dynamic"
+    if scheme.head_size and site.rows % scheme.head_size:
+        return f"{site.rows} output channels are not whole heads of {scheme.head_size}"
     return ""
 
 
@@ -105,7 +192,7 @@ def qdq_opset(spec: WeightSpec, rows: int, columns: int, *, lookup: bool) -> int
         return 25 if width == 2 else 21
     if spec.groups(columns) > 1:
         return 21
-    return 13 if spec.scale_dtype == "float32" else 19
+    return 13 if spec.scale_dtype == "float32" and not spec.fp8 else 19
 
 
 def lacks_kernel(op_type: str, opset: int) -> bool:

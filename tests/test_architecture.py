@@ -54,7 +54,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     "passes": ("passes", "passes.base errors"),
     "passes.*": (
         "passes.*",
-        "passes.base lowering opset_rules torch_graph statistics segments graph targets config scheme records "
+        "passes.base lowering opset_rules foldings placement ranges observing collectors torch_graph statistics "
+        "segments graph targets config scheme records "
         "kernels.schemas numerics errors",
     ),
     "passes.base": ("passes.base", "streaming segments statistics graph config scheme records numerics errors"),
@@ -62,6 +63,11 @@ LAYERS: dict[str, tuple[str, str]] = {
     "opset_rules": ("opset_rules", "lowering graph errors"),
     "lowering": ("lowering", "graph targets scheme numerics errors"),
     "torch_graph": ("torch_graph torch_graph.*", "itself graph numerics errors"),
+    "foldings": ("foldings foldings.*", "itself lowering graph numerics errors"),
+    "collectors": ("collectors", "numerics errors"),
+    "ranges": ("ranges", "observing collectors calibration session graph numerics errors"),
+    "placement": ("placement", "targets graph scheme numerics errors"),
+    "observing": ("observing", "streaming segments calibration session graph numerics errors"),
     "streaming": ("streaming", "segments statistics calibration session scratch graph numerics errors"),
     "segments": ("segments", "graph session errors"),
     "feeding": ("feeding", "calibration files session graph config errors"),

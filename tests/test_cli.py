@@ -179,7 +179,7 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "b", "--only", "re:c", "--embedding", "float", "--lm-head", "w4a16", "--target", "cuda", "--format", "qdq",
         "--accuracy-level", 1, "--opset", 22, "--no-sequential", "--provider", "X", "--provider", "Y", "--threads", 2,
         "--seed", 5, "--max-memory", "1.5GiB", "--min-sqnr", 9, "--max-kl", 0.5, "--require-quantized", "--dump-dir",
-        "d", "--pipeline", "rtn",
+        "d", "--pipeline", "rtn", "--calibrator", "mse", "--reduce-range",
     )  # fmt: skip
     config = seen["config"]
     assert (seen["model"], seen["output"], seen["pipeline"]) == (Path("m.onnx"), Path("o.onnx"), "rtn")
@@ -191,7 +191,7 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "sequence_length": 99, "force": True, "target": "cuda", "output_format": "qdq", "accuracy_level": 1,
         "opset": 22, "sequential": False, "provider": "X", "verify_providers": ("X", "Y"), "threads": 2, "seed": 5,
         "max_memory": 3 << 29, "verify": True, "min_sqnr_db": 9.0, "max_kl": 0.5, "require_quantized": True,
-        "dump_dir": Path("d"),
+        "dump_dir": Path("d"), "calibrator": "mse", "reduce_range": True,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in given} == given
     assert {*given, "plan", "progress"} == set(type(config).__dataclass_fields__)

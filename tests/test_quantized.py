@@ -11,7 +11,7 @@ from qcompiler.numerics.formats import FORMATS
 from qcompiler.quantized import QuantizedTensor, from_stored, stored_shape, to_stored
 from tests.builders import normal
 
-LAYOUTS = {"NK": (6, 40), "KN": (40, 6), "1KN": (1, 40, 6), "NK1": (6, 40, 1), "NK11": (6, 40, 1, 1)}
+LAYOUTS = {"NK": (6, 40), "KN": (40, 6), "1KN": (1, 40, 6), "N:40,1": (6, 40, 1), "N:8,5,1": (6, 8, 5, 1)}
 
 
 def build(layout="NK", spec=None, dtype=ir.DataType.FLOAT, seed=0):

@@ -6,13 +6,30 @@ import pytest
 from qcompiler.errors import SchemeError
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.formats import FORMATS
-from qcompiler.scheme import ALIASES, GROUP_SIZES, Pattern, Scheme, SchemePlan, parse_optional_scheme
+from qcompiler.scheme import ALIASES, GROUP_SIZES, Activations, Pattern, Scheme, SchemePlan, parse_optional_scheme
 
+BLOCKS = Activations(granularity="block", dynamic=True)
 EVERY = [
-    Scheme(bits, group, symmetric)
+    Scheme(bits, group, symmetric, activations)
+    for activations in (None, BLOCKS)
     for bits in FORMATS
     for group in (None, 0, *GROUP_SIZES)
     for symmetric in (None, True, False)
+    if activations is None or bits != 8 or group
+] + [
+    Scheme(8, 0, True, activations, head_size)
+    for head_size in (0, 64)
+    for activations in (
+        Activations(),
+        Activations(16),
+        Activations(fp8=True),
+        Activations(dynamic=True),
+        Activations(dynamic=True, granularity="token"),
+        Activations(dynamic=True, granularity="tensor"),
+        Activations(dynamic=True, granularity="tensor", symmetric=False),
+        Activations(dynamic=False, granularity="tensor", symmetric=False),
+        Activations(dynamic=False, symmetric=True),
+    )
 ]
 
 
@@ -31,6 +48,10 @@ def test_text_and_scheme_are_inverse(scheme):
         ("w4a16-channel", Scheme(4, 0)),
         ("int4", Scheme(4)),
         ("q8", Scheme(8, 32, True)),
+        ("w4a8", Scheme(4, activations=BLOCKS)),
+        ("w8a8-g32", Scheme(8, 32, activations=BLOCKS)),
+        ("w8a8-channel-sym", Scheme(8, 0, True, Activations(symmetric=True))),
+        ("w8a8-token", Scheme(8, 0, True, Activations(dynamic=True, granularity="token"))),
     ],
 )
 def test_what_a_text_means(text, expected):
@@ -48,7 +69,21 @@ def test_every_alias_means_a_scheme():
         ("", "'' is not understood; expected w{2,4,8}a16"),
         ("fp8", "'fp8' is not understood"),
         ("w4", "'w4' is not understood"),
-        ("w4a8", "activations of 8 bits are not available"),
+        ("w4a4", "activations of 4 bits are not available"),
+        ("w4a8-dynamic", "-dynamic does not go with a group size"),
+        ("w8a8-g32-token", "-token does not go with a group size"),
+        ("w8a8-static-token", "write -dynamic-token"),
+        ("w8a8-static-dynamic", "says twice when activations are quantized"),
+        ("w8a8-tensor-token", "gives two granularities of activations"),
+        ("w8a8-dynamic-token-asym", "zero points"),
+        ("w8a8-dynamic-tensor-sym", "zero points"),
+        ("w8a8-fp8-dynamic", "8-bit floats are static"),
+        ("w8a8-fp8-asym", "8-bit floats are static"),
+        ("w8a8-head0", "option '-head0' is not understood"),
+        ("w8a16-token", "-token does not go with float activations"),
+        ("w8a16-head64", "-head does not go with float activations"),
+        ("w4a16int", "16-bit integer activations go with 8-bit integer weights"),
+        ("w8a16int-dynamic", "16-bit activations are calibrated"),
         ("w3a16", "weights of 3 bits are not available; known widths: 2, 4, 8"),
         ("w1.58a16", "weights of 1.58 bits are not available"),
         ("w4a16-g48", "group size 48 has no kernel; known sizes: 16, 32, 64, 128, 256"),

@@ -36,13 +36,13 @@ LINEAR = {
         "B,24",
         "NK",
     ),
-    "conv 1-D": ("[fc] y = Conv(x, w)", {"w": turned(W)[..., None]}, "B,64,T", "B,24,T", "NK1"),
+    "conv 1-D": ("[fc] y = Conv(x, w)", {"w": turned(W)[..., None]}, "B,64,T", "B,24,T", "N:64,1"),
     "conv 2-D": (
         "[fc] y = Conv <kernel_shape = [1, 1], strides = [1, 1], pads = [0, 0, 0, 0]> (x, w, b)",
         {"w": turned(W)[..., None, None], "b": np.zeros(24, np.float32)},
         "B,64,H,V",
         "B,24,H,V",
-        "NK11",
+        "N:64,1,1",
     ),
 }
 
@@ -176,16 +176,23 @@ CONVOLUTIONS = {
     "depthwise with a wide kernel": ("[n] y = Conv <group = 8> (x, w)", normal((8, 1, 3), 4), r"a kernel of \[3\]"),
     "stride": ("[n] y = Conv <strides = [2]> (x, w)", KERNEL1, "stride or padding"),
     "padding": ("[n] y = Conv <pads = [1, 1]> (x, w)", KERNEL1, "stride or padding"),
-    "transposed": ("[n] y = ConvTranspose(x, w)", KERNEL1, "a transposed convolution has no weight-only kernel"),
 }
 
 
 @pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_convolutions_that_are_no_linear_layer_are_refused(case):
+def test_convolutions_that_are_no_linear_layer_say_why(case):
     text, weight, reason = CONVOLUTIONS[case]
-    sites, (refusal,) = find_sites(linear(text, {"w": weight}, "B,8,T", "B,8,U"))
+    (site,), refusals = find_sites(linear(text, {"w": weight}, "B,8,T", "B,8,U"))
+    assert refusals == []
+    assert (site.role, site.rows, site.columns) == ("conv", 8, weight[0].size)
+    assert Pattern("re:" + reason).matches((site.not_linear,))
+    assert np.array_equal(read_weight(site), weight.reshape(8, -1))
+
+
+def test_a_transposed_convolution_is_refused():
+    sites, (refusal,) = find_sites(linear("[n] y = ConvTranspose(x, w)", {"w": KERNEL1}, "B,8,T", "B,8,U"))
     assert sites == []
-    assert Pattern("re:" + reason).matches((refusal.reason,))
+    assert refusal.reason == "a transposed convolution has no integer kernel"
 
 
 def test_quantized_convolutions_are_recognized():
@@ -199,7 +206,7 @@ def test_recurrent_layers_are_refused():
     text = "g (float[T,B,16] x) => (float[T,1,B,8] y) { [rnn] y = LSTM <hidden_size = 8> (x, w, r) }"
     sites, (refusal,) = find_sites(parse(text, weights))
     assert sites == []
-    assert (refusal.name, refusal.reason) == ("rnn", "LSTM has no weight-only kernel")
+    assert (refusal.name, refusal.reason) == ("rnn", "LSTM has no integer kernel")
 
 
 @pytest.mark.parametrize(

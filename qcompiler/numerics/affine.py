@@ -44,6 +44,10 @@ class WeightSpec:
         signed_scale: With `symmetric`: allow negative scales. Without it codes are restricted to ``[1, qmax]``
             around the middle, the form that runtimes without negative scales need.
         scale_dtype: numpy name of the dtype the scale is stored in: float32, float16 or bfloat16.
+        head_size: Consecutive rows (output channels) that share their scales; 0 gives each its own.
+        reduced: With `symmetric`: use half of the codes, so that pairs of 8-bit products fit 16 bits on processors
+            that add them there (x86 before VNNI).
+        fp8: Codes are the bits of 8-bit floats (E4M3) in the place of integers.
     """
 
     bits: int
@@ -51,11 +55,22 @@ class WeightSpec:
     symmetric: bool
     signed_scale: bool = True
     scale_dtype: str = "float32"
+    head_size: int = 0
+    reduced: bool = False
+    fp8: bool = False
 
     @property
     def format(self) -> IntFormat:
         """The code format."""
         return int_format(self.bits)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest code that is used."""
+        if self.symmetric and not self.signed_scale:
+            reach = self.format.mid // (2 if self.reduced else 1) - 1
+            return self.format.mid - reach, self.format.mid + reach
+        return 0, self.format.qmax
 
     def groups(self, columns: int) -> int:
         """Number of groups G in a row of `columns` values."""
@@ -121,16 +136,12 @@ def _range_grid(low: np.ndarray, high: np.ndarray, spec: WeightSpec) -> tuple[np
             extreme = np.where(-low > high, low, high)
             scale = extreme / np.float32(-fmt.mid)
         else:
-            scale = np.maximum(-low, high) / np.float32(fmt.mid - 1)
+            scale = np.maximum(-low, high) / np.float32(spec.limits[1] - fmt.mid)
         scale = stored_scale(np.where(scale == 0, np.float32(1), scale), spec)
         return scale, np.full_like(scale, fmt.mid)
     scale = (high - low) / np.float32(fmt.qmax)
     scale = stored_scale(np.where(scale == 0, np.float32(1), scale), spec)
     return scale, np.clip(np.rint(-low / scale), 0, fmt.qmax)
-
-
-def _lowest_code(spec: WeightSpec) -> int:
-    return 1 if spec.symmetric and not spec.signed_scale else 0
 
 
 def _row_blocks(function: Callable[[slice], None], rows: int, columns: int, threads: int) -> None:
@@ -233,8 +244,9 @@ def _rounding_loss(
     """Weighted squared error [N, G] of rounding groups [N, G, group_size] to a grid."""
     error = groups * (1 / scale)[..., None]
     np.rint(error, out=error)
-    np.maximum(error, (_lowest_code(spec) - zero)[..., None], out=error)
-    np.minimum(error, (spec.format.qmax - zero)[..., None], out=error)
+    first, last = spec.limits
+    np.maximum(error, (first - zero)[..., None], out=error)
+    np.minimum(error, (last - zero)[..., None], out=error)
     error *= scale[..., None]
     error -= groups
     with np.errstate(over="ignore", invalid="ignore"):  # an error beyond 1e19 is infinitely bad
@@ -247,7 +259,7 @@ def round_to_grid(values: np.ndarray, scale: np.ndarray, zero_point: np.ndarray,
     """Codes of values, as whole float32 numbers; shapes broadcast. Rounds before the zero point is added."""
     codes: np.ndarray = np.rint(values / scale)
     codes += zero_point
-    np.clip(codes, _lowest_code(spec), spec.format.qmax, out=codes)
+    np.clip(codes, *spec.limits, out=codes)
     return codes
 
 

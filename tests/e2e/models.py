@@ -3,7 +3,7 @@
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from benchmarks import genai_tokens, yardstick
-from benchmarks.zoo import vision_audio
+from benchmarks.zoo import efficientnet, minilm, vision_audio, whisper
 from benchmarks.zoo.cache import publish, root
+from benchmarks.zoo.exports import write_feeds
 
 _REPOSITORY = Path(__file__).parent.parent.parent
 # Of the float model's answers, for `token_agreement`.
@@ -40,17 +41,6 @@ def _without_weights() -> Path:
     return path
 
 
-def _as_files(name: str, feeds: Iterable[Mapping[str, np.ndarray]]) -> Path:
-    """A folder of .npz files, one a feed."""
-    folder = root() / f"feeds-{name}"
-    if not folder.exists():
-        with publish(folder) as draft:
-            draft.mkdir()
-            for index, arrays in enumerate(feeds):
-                np.savez(draft / f"{index:03}.npz", **arrays)
-    return folder
-
-
 MODELS: Mapping[str, Callable[[], Path]] = {
     "smollm2": lambda: bench() / "onnx" / "model.onnx",
     "smollm2-genai": lambda: bench() / "genai",
@@ -58,13 +48,31 @@ MODELS: Mapping[str, Callable[[], Path]] = {
     "ocr-detection": lambda: vision_audio.packaged()["text_mask_overlap"],
     "silero-vad": lambda: vision_audio.packaged()["speech_fraction"],
     "minilm-int8": lambda: vision_audio.packaged()["embedding_agreement"],
+    "minilm": minilm.exported_minilm,
+    "minilm-opset14": lambda: minilm.exported_minilm("opset14"),
+    "efficientnet-lite0": efficientnet.exported_efficientnet,
+    "efficientnet-lite0-unfolded": lambda: efficientnet.exported_efficientnet(unfolded=True),
+    "whisper-encoder": lambda: whisper.exported_part("encoder"),
+    "whisper-decoder": lambda: whisper.exported_part("decoder"),
     "without-weights": _without_weights,
 }
 
 DATA: Mapping[str, Callable[[], Path]] = {
     "brown": lambda: bench() / "brown_train.npy",
-    "lines": lambda: _as_files("lines", vision_audio.line_feeds()),
-    "frames": lambda: _as_files("frames", vision_audio.frame_feeds()),
+    "lines": lambda: write_feeds(root() / "feeds-lines", vision_audio.line_feeds()),
+    "frames": lambda: write_feeds(root() / "feeds-frames", vision_audio.frame_feeds()),
+    "texts": minilm.calibration_folder,
+    "pictures": efficientnet.calibration_folder,
+    "speech": lambda: whisper.calibration_folder("encoder"),
+    "transcripts": lambda: whisper.calibration_folder("decoder"),
+}
+
+# Of small models, at their tasks.
+FIGURES: Mapping[str, Callable[[Path], float]] = {
+    **vision_audio.FIGURES,
+    **minilm.FIGURES,
+    **efficientnet.FIGURES,
+    **whisper.FIGURES,
 }
 
 
@@ -92,4 +100,4 @@ def figure(name: str, model: Path, windows: int) -> float:
 
 @cache
 def _own_figure(name: str, model: Path) -> float:
-    return vision_audio.FIGURES[name](model)
+    return FIGURES[name](model)

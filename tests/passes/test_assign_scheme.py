@@ -102,7 +102,7 @@ def test_a_pattern_may_name_what_could_not_be_quantized_anyway():
     assert not result.modified
     (record,) = result.records
     assert (record.site, record.action) == ("wide", "skipped")
-    assert record.reason == "a convolution with a kernel of [3] has no weight-only kernel"
+    assert record.reason == "ignored (--ignore wide)"
 
 
 def test_nothing_assigned_is_not_modified_and_the_graph_stays():

@@ -1,0 +1,301 @@
+"""Bias correction: take out of every output channel the mean of the error that its quantized weights make.
+
+Nagel et al. 2019, arXiv:1906.04721, section 4.2: Q x + b differs from W x + b by (Q - W) x, so adding (W - Q) E[x] to b
+makes the mean output error zero. E[x] is the mean over calibration rows and positions, without padding tokens.
+
+1. Gemm and Conv: their own bias, which is made where there was none. For a Conv E[x] is taken for every kernel offset
+   over what it meets, zeros of the border included, so that stride, padding, dilation and groups are exact.
+2. MatMul: the constant Add behind it where that is its only reader. With `insert=true` an Add is made elsewhere.
+
+Activations are measured on the model as it is now, where the sites before are quantized: that is what a site will read.
+The corrections themselves move the means of what comes later a little; `rounds` measures again with them in place.
+
+Left alone, with a record that says why: lookup tables, sites in bodies of control flow, MatMul without a bias, computed
+biases. A bias that others read too is untied first.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.errors import CalibrationError
+from qcompiler.graph import Site, constant_array, read_weight
+from qcompiler.lowering import add_constant, make_node
+from qcompiler.observing import observe
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
+from qcompiler.quantized import from_stored
+from qcompiler.records import SiteRecord
+from qcompiler.sites import find_sites
+
+__all__ = ["CorrectBias", "Geometry", "mean_error", "tap_sums"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `correct_bias`."""
+
+    insert: bool = field(default=False, metadata={"help": "add a bias behind a MatMul that has none"})
+    rounds: int = field(default=1, metadata={"help": "how often to measure, each time with the biases of the last"})
+
+
+class CorrectBias(QuantPass):
+    """Corrects the biases of quantized sites."""
+
+    name = "correct_bias"
+    stage = Stage.QUANTIZE
+    after = ("rtn", "gptq")
+    paper = "Nagel et al. 2019, arXiv:1906.04721"
+    needs_calibration = True
+    Options = Options
+
+    def call(self, model: ir.Model) -> QuantPassResult:
+        """Measure what the quantized sites read, and correct them."""
+        sites = [site for site in find_sites(model)[0] if site.quantized is not None]
+        problems = {site: _problem(site, insert=self.options.insert) for site in sites}
+        chosen = [site for site in sites if not problems[site]]
+        if chosen and (self.context.calibration is None or not len(self.context.calibration.batches)):
+            raise CalibrationError("correct_bias needs calibration data; give --calibration PATH, or drop correct_bias")
+        totals: dict[Site, np.ndarray] = {}
+        figures: dict[Site, dict[str, float]] = {}
+        biases: dict[Site, tuple[ir.Node, int]] = {}
+        for _ in range(max(1, self.options.rounds) if chosen else 0):
+            for site, means in self._measure(model, chosen).items():
+                shift, figures[site] = _correction(site, means)
+                step = shift - totals.get(site, 0)
+                if not step.any():
+                    continue
+                if site not in biases:
+                    biases[site] = self._bias(site)
+                _add(*biases[site], step, site)
+                totals[site] = shift
+        for site in chosen:
+            # Adding the same again would be wrong, and a float weight in memory is not needed any more.
+            if site.quantized is not None:
+                site.quantized.meta.pop("original", None)
+        records = []
+        for site in sites:
+            problem = problems[site] or ("" if site in totals else "its mean output error is zero")
+            if problem:
+                records.append(SiteRecord(site.name, "skipped", reason=f"bias not corrected: {problem}"))
+            else:
+                assert site.quantized is not None
+                spec = str(site.quantized.spec)
+                records.append(SiteRecord(site.name, "quantized", spec, "bias corrected", figures[site]))
+        return QuantPassResult(model, bool(totals), tuple(records))
+
+    def _measure(self, model: ir.Model, sites: Sequence[Site]) -> dict[Site, np.ndarray]:
+        """E[x] of each site, float64 [C, taps]; sites that read the same activation alike share a collector."""
+        config, context = self.context.config, self.context
+        collectors: dict[tuple[ir.Value, Geometry | None], _Means] = {}
+        of_site = {}
+        for site in sites:
+            geometry = Geometry.of(site.node) if site.node.op_type == "Conv" else None
+            of_site[site] = collectors.setdefault((site.input, geometry), _Means(geometry))
+        watched: dict[ir.Value, list[_Means]] = {}
+        for (value, _), collector in collectors.items():
+            watched.setdefault(value, []).append(collector)
+        observe(
+            model,
+            watched,
+            context.calibration.batches,
+            provider=config.provider,
+            threads=context.threads,
+            tick=lambda done, total: context.tick(self.name, done, total),
+        )
+        return {site: collector.means for site, collector in of_site.items()}
+
+    def _bias(self, site: Site) -> tuple[ir.Node, int]:
+        """The node and the number of its input where a site's bias is, or goes."""
+        node = site.node
+        if node.op_type != "MatMul":
+            return node, 2
+        found = _add_behind(node)
+        if found is not None:
+            return found
+        graph, result = node.graph, node.outputs[0]
+        assert graph is not None
+        bias = add_constant(graph, f"{site.weight.name}_bias", np.zeros(site.rows, site.dtype.numpy()))
+        add = make_node(graph, "Add", [result, bias], {}, node, self.name)
+        output, name = add.outputs[0], result.name
+        output.type, output.shape = result.type, result.shape
+        result.replace_all_uses_with(output, replace_graph_outputs=True)
+        # The Add is among the readers that were replaced.
+        add.replace_input_with(0, result)
+        graph.insert_after(node, add)
+        result.name, output.name = output.name, name
+        return add, 1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Which inputs a convolution's kernel meets, per dimension.
+
+    Attributes:
+        kernel: Sizes.
+        strides: Steps.
+        dilations: Distances between the taps.
+        pads: Zeros before and after, ``(begin, ..., end, ...)``.
+        auto_pad: ``NOTSET``, ``VALID``, ``SAME_UPPER`` or ``SAME_LOWER``.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    auto_pad: str = "NOTSET"
+
+    @classmethod
+    def of(cls, node: ir.Node) -> "Geometry":
+        """The geometry of a Conv whose weight is a constant."""
+        weight = node.inputs[1]
+        assert weight is not None and weight.const_value is not None
+        kernel = tuple(int(size) for size in weight.const_value.shape.numpy()[2:])
+
+        def ints(name: str, default: int, count: int) -> tuple[int, ...]:
+            attribute = node.attributes.get(name)
+            return (default,) * count if attribute is None else tuple(attribute.as_ints())
+
+        rank = len(kernel)
+        auto_pad = node.attributes.get_string("auto_pad", "NOTSET")
+        pads = ints("pads", 0, 2 * rank) if auto_pad == "NOTSET" else (0,) * (2 * rank)
+        return cls(kernel, ints("strides", 1, rank), ints("dilations", 1, rank), pads, auto_pad)
+
+    def spans(self, axis: int, size: int) -> tuple[int, list[slice]]:
+        """The number of outputs along a dimension of `size` inputs, and the inputs that each tap meets."""
+        kernel, stride, dilation = self.kernel[axis], self.strides[axis], self.dilations[axis]
+        begin, end = self.pads[axis], self.pads[axis + len(self.kernel)]
+        extent = (kernel - 1) * dilation + 1
+        outputs = (size + begin + end - extent) // stride + 1
+        if self.auto_pad.startswith("SAME"):
+            outputs = -(-size // stride)
+            zeros = max((outputs - 1) * stride + extent - size, 0)
+            begin = zeros // 2 if self.auto_pad == "SAME_UPPER" else zeros - zeros // 2
+        spans = []
+        for tap in range(kernel):
+            offset = tap * dilation - begin
+            first, last = max(0, -(offset // stride)), min(outputs - 1, (size - 1 - offset) // stride)
+            met = slice(first * stride + offset, last * stride + offset + 1, stride)
+            spans.append(met if first <= last else slice(0))
+        return outputs, spans
+
+
+def tap_sums(values: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, int]:
+    """Sum what each tap of a kernel meets.
+
+    Args:
+        values: The convolution's input ``[B, C, ...]``.
+        geometry: Of the convolution.
+
+    Returns:
+        float64 ``[C, taps]``, the taps in the order of the weight; and the number of outputs of a channel.
+    """
+    sums, count = values.sum(axis=0, dtype=np.float64), len(values)
+    for axis, size in enumerate(values.shape[2:]):
+        outputs, spans = geometry.spans(axis, size)
+        count *= outputs
+        # [C, d, ..., taps] -> [C, ..., taps, taps of d]
+        sums = np.stack([sums[:, span].sum(axis=1) for span in spans], axis=-1)
+    return sums.reshape(len(sums), -1), count
+
+
+def mean_error(error: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """Apply a weight's error to the mean input: ``(W - Q) E[x]``.
+
+    Args:
+        error: ``[N, K]``; with g groups K is C / g channels times the taps.
+        means: float64 ``[C, taps]``.
+
+    Returns:
+        float64 ``[N]``.
+    """
+    rows, (channels, taps) = len(error), means.shape
+    groups = channels * taps // error.shape[1]
+    grouped = error.astype(np.float64).reshape(groups, rows // groups, -1)  # [g, N / g, K]
+    return np.asarray(np.einsum("gnk,gk->gn", grouped, means.reshape(groups, -1)).reshape(rows))
+
+
+class _Means:
+    """Collects E[x] for a convolution, or for a linear layer where there is no geometry."""
+
+    def __init__(self, geometry: Geometry | None) -> None:
+        self._geometry = geometry
+        self._sums, self._count = np.zeros(()), 0
+
+    def part(self, values: np.ndarray) -> tuple[np.ndarray, int]:
+        if self._geometry is not None:
+            return tap_sums(values, self._geometry)
+        rows = values.reshape(-1, values.shape[-1])  # [T, K]
+        return rows.sum(axis=0, dtype=np.float64)[:, None], len(rows)
+
+    def add(self, part: tuple[np.ndarray, int]) -> None:
+        self._sums = self._sums + part[0]
+        self._count += part[1]
+
+    @property
+    def means(self) -> np.ndarray:
+        """float64 [C, taps], taps being 1 for a linear layer."""
+        return self._sums / max(1, self._count)
+
+
+def _correction(site: Site, means: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
+    """What the bias has to gain, float64 [N], and how large it is."""
+    assert site.quantized is not None
+    weight = from_stored(np.asarray(site.quantized.meta["original"].numpy()), site.layout).astype(np.float32)
+    shift, output = mean_error(weight - read_weight(site), means), mean_error(weight, means)
+    size, whole = (float(np.linalg.norm(vector)) for vector in (shift, output))
+    figures = {"mean_error": size / math.sqrt(site.rows), "relative_mean_error": size / whole if whole else 0.0}
+    return shift, figures
+
+
+def _problem(site: Site, *, insert: bool) -> str:
+    """Why a quantized site is not corrected, or nothing."""
+    node = site.node
+    if site.nested:
+        return f"inside the body of {site.nested}, where nothing is measured"
+    if site.role == "embedding":
+        return "a lookup table has no bias"
+    if node.op_type not in ("MatMul", "Gemm", "Conv"):
+        return f"{node.op_type} is not among MatMul, Gemm and Conv"
+    if site.quantized is None or "original" not in site.quantized.meta:
+        return "its float weight is gone, or it was corrected before"
+    if site.input.const_value is not None:
+        return "it reads a constant"
+    if node.op_type == "MatMul":
+        missing = _add_behind(node) is None and not insert
+        return "no constant Add is the only reader of its result; insert=true makes one" if missing else ""
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return "" if bias is None or _is_constant(bias) else "its bias is computed"
+
+
+def _add_behind(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """The Add of a constant that is the only reader of a result, and the number of its constant input."""
+    result = node.outputs[0]
+    uses = result.uses()
+    if len(uses) != 1 or result.is_graph_output():
+        return None
+    reader, index = next(iter(uses))
+    other = reader.inputs[1 - index] if reader.op_type == "Add" and reader.domain == "" else None
+    return (reader, 1 - index) if _is_constant(other) and reader.graph is node.graph else None
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None and value.is_initializer()
+
+
+def _add(node: ir.Node, index: int, shift: np.ndarray, site: Site) -> None:
+    """Add [N] to a node's constant; what others read too, or the caller gets, stays as it is for them."""
+    old = node.inputs[index] if index < len(node.inputs) else None
+    stored = np.zeros(1, site.dtype.numpy()) if old is None else constant_array(old)
+    array = (stored.astype(np.float64) + shift).astype(stored.dtype)
+    if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
+        old.const_value = ir.Tensor(array, name=old.name)
+        old.shape = ir.Shape(array.shape)
+        return
+    graph = node.graph
+    assert graph is not None
+    name = f"{site.weight.name}_bias" if old is None else f"{old.name}_{site.name}"
+    node.resize_inputs(max(index + 1, len(node.inputs)))
+    node.replace_input_with(index, add_constant(graph, name, array))

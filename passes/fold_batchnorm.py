@@ -1,0 +1,288 @@
+"""Fold what scales and shifts channels into the weight and bias of the layer before it.
+
+1. BatchNormalization in its inference form behind a Conv, ConvTranspose, Gemm or MatMul (of a matrix result): row n of
+   the weight is multiplied by gamma_n / sqrt(var_n + eps), and the bias becomes beta_n + (bias_n - mean_n) times that.
+2. A constant Mul, Add, Sub or Div with one value, or one for each channel, behind a Conv or ConvTranspose, as exporters
+   write a normalization that they took apart; behind the others only between the layer and a BatchNormalization.
+3. Several of these in a row. A bias is made where there was none; behind a MatMul it is an Add.
+
+Left alone, with a record that says why: what is not the only reader of the layer's result, constants of another shape,
+and layers whose weight or bias is computed. A weight that others read too is untied first. The arithmetic is float64,
+rounded once to the dtype of the weight.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.config import CompileConfig
+from qcompiler.graph import constant_array, walk
+from qcompiler.lowering import add_constant, make_node
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, quantizes_activations
+from qcompiler.records import SiteRecord
+from qcompiler.sites import find_sites
+
+__all__ = ["FoldBatchnorm"]
+
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+_LAYERS = (*_CONVOLUTIONS, "Gemm", "MatMul")
+_ARITHMETIC = ("Mul", "Add", "Sub", "Div")
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
+
+
+class FoldBatchnorm(QuantPass):
+    """Folds normalizations and constant scales into the layers before them."""
+
+    name = "fold_batchnorm"
+    stage = Stage.CANONICALIZE
+    after = ("canonicalize",)
+
+    @classmethod
+    def applies(cls, config: CompileConfig) -> bool:
+        """Where activations are quantized: a normalization in between would be one more float operator."""
+        return quantizes_activations(config)
+
+    def call(self, model: ir.Model) -> QuantPassResult:
+        """Go through the layers, then through the normalizations that are left."""
+        names = {site.node: site.name for site in find_sites(model)[0]}
+        records: list[SiteRecord] = []
+        refused: dict[ir.Node, str] = {}
+        for node, _ in list(walk(model.graph)):
+            if node.domain == "" and node.op_type in _LAYERS:
+                folded = self._fold(node, refused)
+                if folded:
+                    reason = f"{', '.join(folded)} folded into its weight and bias"
+                    records.append(SiteRecord(names.get(node, _name(node)), "rewritten", reason=reason))
+        for node, _ in walk(model.graph):
+            if node.domain == "" and node.op_type == "BatchNormalization":
+                refused.setdefault(
+                    node, f"what it reads is not the result of {', '.join(_LAYERS[:-1])} or {_LAYERS[-1]}"
+                )
+            if node in refused:
+                records.append(SiteRecord(_name(node), "skipped", reason=f"not folded: {refused[node]}"))
+        return QuantPassResult(model, any(record.action == "rewritten" for record in records), tuple(records))
+
+    def _fold(self, node: ir.Node, refused: dict[ir.Node, str]) -> list[str]:
+        """Fold what follows a layer; returns the operators, and adds to `refused` those that could have been meant."""
+        chain, steps = _followers(node, refused)
+        if node.op_type not in _CONVOLUTIONS:
+            while chain and chain[-1].op_type != "BatchNormalization":
+                chain.pop()
+        if not chain:
+            return []
+        weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+        scale, shift = np.ones(1), np.zeros(1)
+        for step in steps[: len(chain)]:
+            scale, shift = scale * step.scale, shift * step.scale + step.shift
+        assert weight is not None
+        scaled = constant_array(weight).astype(np.float64)
+        view = _channels(node, scaled)
+        scale, shift = (np.broadcast_to(part, _outputs(node)) for part in (scale, shift))
+        view *= scale.reshape(*view.shape[:2], 1, 1)
+        if bias is not None:
+            shift = constant_array(bias).astype(np.float64) * scale + shift
+        with np.errstate(over="ignore"):
+            arrays = [array.astype(constant_array(weight).dtype) for array in (scaled, shift)]
+        if not all(np.isfinite(array.astype(np.float64)).all() for array in arrays):
+            refused[chain[0]] = f"the weight or bias would exceed {arrays[0].dtype}"
+            return []
+        folded = [follower.op_type for follower in chain]
+        _store(node, 1, arrays[0])
+        output = node.outputs[0]
+        if arrays[1].any() and node.op_type == "MatMul":
+            graph = chain[-1].graph
+            assert graph is not None
+            added = add_constant(graph, f"{weight.name}_bias", arrays[1])
+            add = make_node(graph, "Add", [output, added], {}, chain[-1], self.name)
+            graph.insert_after(chain[-1], add)
+            output = add.outputs[0]
+        elif arrays[1].any() or bias is not None:
+            _store(node, 2, arrays[1])
+        _bypass(node, chain, output)
+        return folded
+
+
+@dataclass(frozen=True)
+class _Affine:
+    """What a node does to each channel: ``scale * x + shift``, float64, of one value or one for each channel."""
+
+    scale: np.ndarray
+    shift: np.ndarray
+
+
+def _followers(node: ir.Node, refused: dict[ir.Node, str]) -> tuple[list[ir.Node], list[_Affine]]:
+    """The nodes behind a layer that can be folded into it, in order, and what each does."""
+    chain: list[ir.Node] = []
+    steps: list[_Affine] = []
+    value, problem = node.outputs[0], _problem(node)
+    while True:
+        alone = len(value.uses()) == 1 and not value.is_graph_output()
+        found = None
+        for reader in value.consumers():
+            if not _is_candidate(reader, value, node):
+                continue
+            # A layer whose weight is computed has no channels to compare with.
+            step = problem or _affine(reader, value, node)
+            if isinstance(step, _Affine) and not alone:
+                step = "what it reads has other readers"
+            elif isinstance(step, _Affine) and reader.graph is not node.graph:
+                step = "it is in another graph than the layer"
+            if isinstance(step, _Affine):
+                found = (reader, step)
+            else:
+                refused[reader] = step
+        if found is None:
+            return chain, steps
+        chain.append(found[0])
+        steps.append(found[1])
+        value = found[0].outputs[0]
+
+
+def _is_candidate(reader: ir.Node, value: ir.Value, layer: ir.Node) -> bool:
+    """Whether a reader scales or shifts `value` by constants; silent about an Add or Mul behind a Gemm or MatMul."""
+    if reader.domain != "":
+        return False
+    if reader.op_type == "BatchNormalization":
+        return reader.inputs[0] is value
+    if reader.op_type not in _ARITHMETIC:
+        return False
+    others = [other for other in reader.inputs if other is not value]
+    constant = len(others) == 1 and _is_constant(others[0])
+    # Elsewhere it is the layer's own bias, or a scale that weight-only kernels do not mind.
+    return constant and (layer.op_type in _CONVOLUTIONS or _leads_to_normalization(reader))
+
+
+def _leads_to_normalization(node: ir.Node) -> bool:
+    while node.op_type in _ARITHMETIC and len(node.outputs[0].uses()) == 1:
+        node = node.outputs[0].consumers()[0]
+    return node.op_type == "BatchNormalization" and node.domain == ""
+
+
+def _problem(node: ir.Node) -> str:
+    """Why nothing can be folded into a layer, or nothing."""
+    weight = node.inputs[1]
+    if not _is_constant(weight):
+        return f"the weight of '{_name(node)}' is no constant"
+    assert weight is not None and weight.const_value is not None
+    if weight.const_value.dtype not in _FLOATS:
+        return f"the weight of '{_name(node)}' is {weight.const_value.dtype.name.lower()}"
+    shape = weight.const_value.shape.numpy()
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and not _is_constant(bias):
+        return f"the bias of '{_name(node)}' is no constant"
+    if node.op_type == "MatMul" and (_rank(node.outputs[0]) or _rank(node.inputs[0])) != 2:
+        return f"the result of '{_name(node)}' is not known to be a matrix, whose columns are channels"
+    if node.op_type in ("MatMul", "Gemm") and len(shape) != 2:
+        return f"the weight of '{_name(node)}' is no matrix"
+    if node.op_type == "Gemm" and node.attributes.get_float("beta", 1.0) != 1.0:
+        return f"'{_name(node)}' has a beta other than 1"
+    if node.op_type == "Gemm" and bias is not None:
+        known = tuple(bias.const_value.shape.numpy()) if bias.const_value is not None else ()
+        if math.prod(known) not in (1, _outputs(node)) or (known and math.prod(known) != known[-1]):
+            return f"the bias of '{_name(node)}' has one value for each row"
+    return ""
+
+
+def _rank(value: ir.Value | None) -> int:
+    return value.shape.rank() if value is not None and value.shape is not None else 0
+
+
+def _affine(reader: ir.Node, value: ir.Value, layer: ir.Node) -> _Affine | str:
+    """What a reader does to each channel of a layer's result, or why that cannot be folded."""
+    weight = layer.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    rank = len(weight.const_value.shape.numpy())
+    if reader.op_type == "BatchNormalization":
+        return _normalization(reader, _outputs(layer))
+    first = reader.inputs[0] is value
+    other = reader.inputs[1 if first else 0]
+    assert other is not None
+    array = constant_array(other).astype(np.float64)
+    shape = (1,) * (rank - array.ndim) + array.shape
+    if len(shape) != rank or shape[1] not in (1, _outputs(layer)) or array.size != shape[1]:
+        return f"its constant of shape {list(array.shape)} is not one value, or one for each channel"
+    vector = array.reshape(-1)
+    zero, one = np.zeros_like(vector), np.ones_like(vector)
+    if reader.op_type == "Mul":
+        return _Affine(vector, zero)
+    if reader.op_type == "Add":
+        return _Affine(one, vector)
+    if reader.op_type == "Sub":
+        return _Affine(one, -vector) if first else _Affine(-one, vector)
+    if not first or not vector.all():
+        return "it divides by the layer's result" if not first else "it divides by zero"
+    return _Affine(1 / vector, zero)
+
+
+def _normalization(node: ir.Node, channels: int) -> _Affine | str:
+    """What a BatchNormalization does, or why it is not in its inference form."""
+    if node.attributes.get_int("training_mode", 0) or any(output.name for output in node.outputs[1:]):
+        return "it is in its training form"
+    if not node.attributes.get_int("spatial", 1):
+        return "it has statistics for each position"
+    parameters = node.inputs[1:5]
+    if not all(_is_constant(parameter) for parameter in parameters):
+        return "its statistics are no constants"
+    gamma, beta, mean, variance = (constant_array(p).astype(np.float64) for p in parameters if p is not None)
+    spread = variance + node.attributes.get_float("epsilon", 1e-5)
+    if gamma.shape != (channels,) or not (spread > 0).all():
+        return "its variance is not positive" if gamma.shape == (channels,) else f"it has {gamma.size} channels"
+    scale = gamma / np.sqrt(spread)
+    return _Affine(scale, beta - mean * scale)
+
+
+def _bypass(layer: ir.Node, chain: list[ir.Node], output: ir.Value) -> None:
+    """Let the readers of a chain's last result read `output`, which takes its name, and remove the chain."""
+    graph, result = layer.graph, chain[-1].outputs[0]
+    assert graph is not None
+    output.type, output.shape, name = result.type or output.type, result.shape or output.shape, result.name
+    result.replace_all_uses_with(output, replace_graph_outputs=True)
+    graph.remove(chain, safe=True)
+    output.name = name
+
+
+# The same in `equalize`: how layers store channels, and constants that belong to one of them alone.
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or node.outputs[0].name or node.op_type
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None and value.is_initializer()
+
+
+def _outputs(node: ir.Node) -> int:
+    """The number of a layer's output channels."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    first, second = weight.const_value.shape.numpy()[:2]
+    if node.op_type == "Conv" or node.attributes.get_int("transB", 0) == 1:
+        return int(first)
+    return int(second) * node.attributes.get_int("group", 1)
+
+
+def _channels(node: ir.Node, weight: np.ndarray) -> np.ndarray:
+    """A layer's contiguous weight as a view [groups, outputs, inputs, taps]; channels count through the groups."""
+    if node.op_type in _CONVOLUTIONS:
+        groups = node.attributes.get_int("group", 1)
+        view = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
+        return view if node.op_type == "Conv" else view.swapaxes(1, 2)
+    view = weight.reshape(1, *weight.shape, 1)
+    return view if node.attributes.get_int("transB", 0) == 1 else view.swapaxes(1, 2)
+
+
+def _store(node: ir.Node, index: int, array: np.ndarray) -> None:
+    """Let a node's input be a constant; what others read too, or the caller gets, stays as it is for them."""
+    old = node.inputs[index] if index < len(node.inputs) else None
+    if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
+        old.const_value = ir.Tensor(array, name=old.name)
+        old.shape = ir.Shape(array.shape)
+        return
+    graph, weight = node.graph, node.inputs[1]
+    assert graph is not None and weight is not None
+    name = f"{weight.name}_bias" if old is None else f"{old.name}_{_name(node)}"
+    node.resize_inputs(max(index + 1, len(node.inputs)))
+    node.replace_input_with(index, add_constant(graph, name, array))

@@ -1,0 +1,216 @@
+"""Quantize activations with calibrated scales: QuantizeLinear and DequantizeLinear around what runs on integers.
+
+1. Every site with a static scheme reads decoded codes; so do products of two activations, and the operators between
+   them that the target runs on codes (see `placement`).
+2. Ranges are measured on the calibration data, with the weights that are quantized by now (see `ranges`). Values that
+   have to share a scale get one range around all of theirs.
+3. A value is encoded once and decoded for each reader by a node of its own, since ONNX Runtime fuses a decoder that two
+   nodes read with neither. Scales and zero points of a tensor have rank 0.
+4. A constant that an integer operator reads is stored as codes.
+
+Left float: everything else. A static site inside a control-flow body is refused when schemes are assigned.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.config import CompileConfig
+from qcompiler.errors import CalibrationError, SchemeError
+from qcompiler.graph import constant_array, unique_name
+from qcompiler.lowering import add_constant, make_node
+from qcompiler.numerics.activation import ActivationSpec, activation_grid, quantize_activation
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, quantizes_activations
+from qcompiler.placement import Placement, place
+from qcompiler.ranges import Range, calibrate
+from qcompiler.records import SiteRecord
+from qcompiler.scheme import Activations
+from qcompiler.sites import find_sites, node_names
+from qcompiler.targets import IntegerRules
+
+__all__ = ["InsertQdq"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `insert_qdq`."""
+
+    percentile: float = field(
+        default=99.99, metadata={"help": "share of the values, in percent, for --calibrator percentile"}
+    )
+    products: bool = field(default=True, metadata={"help": "quantize products of two activations (attention) too"})
+
+
+class InsertQdq(QuantPass):
+    """Inserts Q/DQ pairs with calibrated scales."""
+
+    name = "insert_qdq"
+    stage = Stage.QUANTIZE
+    after = ("rtn", "gptq", "correct_bias")
+    needs_calibration = True
+    Options = Options
+
+    @classmethod
+    def applies(cls, config: CompileConfig) -> bool:
+        """Where a scheme has static activations."""
+        return quantizes_activations(config, dynamic=False)
+
+    def call(self, model: ir.Model) -> QuantPassResult:
+        """Run the cases in order."""
+        found = {site: explicit_activations(site) for site in find_sites(model)[0] if not site.nested}
+        static = {site: scheme for site, scheme in found.items() if scheme is not None and not scheme.dynamic}
+        if not static:
+            return QuantPassResult(model, False)
+        kinds = set(static.values())
+        if len(kinds) > 1:
+            raise SchemeError("insert_qdq: two static formats of activations in one model; choose one for all sites")
+        scheme = kinds.pop()
+        context = self.context
+        if context.calibration is None or not len(context.calibration.batches):
+            raise CalibrationError(
+                "static activations need calibration data for their ranges; give --calibration PATH, or use a "
+                "-dynamic scheme"
+            )
+        rules = IntegerRules.of(context.config.target, fp8=scheme.fp8)
+        placement = place(model.graph, static, self._products(model.graph, scheme), scheme, rules)
+        ranges = self._ranges(model, placement)
+        writer = _Writer(model.graph, self.name, placement)
+        records = [writer.quantize(value, ranges[value]) for value in placement.specs]
+        records += [writer.quantize_constant(value, scheme, rules) for value in placement.constants]
+        return QuantPassResult(model, True, tuple(records))
+
+    def _products(self, graph: ir.Graph, scheme: Activations) -> list[ir.Node]:
+        """MatMul nodes of two activations that the plan's patterns do not exclude."""
+        plan = self.context.config.plan
+        found = []
+        for node in graph:
+            if not self.options.products or node.op_type != "MatMul" or node.domain or scheme.fp8:
+                continue
+            if any(value is None or value.const_value is not None for value in node.inputs):
+                continue
+            chosen = plan.scheme_for("linear", node_names(node))[0]
+            if chosen is not None and chosen.resolve(self.context.config.target).activations == scheme:
+                found.append(node)
+        return [node for node in found if not _reads_transposed_weight(node)]
+
+    def _ranges(self, model: ir.Model, placement: Placement) -> dict[ir.Value, Range]:
+        config = self.context.config
+        ranges = calibrate(
+            placement.specs,
+            model,
+            self.context.calibration.batches,
+            calibrator=config.calibrator,
+            percentile=self.options.percentile,
+            provider=config.provider,
+            threads=self.context.threads,
+            tick=lambda done, total: self.context.tick(self.name, done, total),
+        )
+        for members in placement.shared:
+            low, high = min(ranges[v].low for v in members), max(ranges[v].high for v in members)
+            methods = dict.fromkeys(ranges[v].method for v in members)
+            shared = Range(low, high, f"{'/'.join(methods)}, shared by {len(members)} values")
+            ranges.update((value, shared) for value in members)
+        return ranges
+
+
+def _reads_transposed_weight(node: ir.Node) -> bool:
+    right = node.inputs[1]
+    producer = right.producer() if right is not None else None
+    if producer is None or producer.op_type != "Transpose":
+        return False
+    source = producer.inputs[0]
+    return source is not None and source.const_value is not None
+
+
+def _nodes_within(attribute: ir.Attr) -> Iterator[ir.Node]:
+    if attribute.type == ir.AttributeType.GRAPH:
+        yield from ir.traversal.RecursiveGraphIterator(attribute.as_graph())
+    elif attribute.type == ir.AttributeType.GRAPHS:
+        for body in attribute.as_graphs():
+            yield from ir.traversal.RecursiveGraphIterator(body)
+
+
+class _Writer:
+    """Inserts the nodes."""
+
+    def __init__(self, graph: ir.Graph, pass_name: str, placement: Placement) -> None:
+        self.graph, self.pass_name, self.placement = graph, pass_name, placement
+        # The control-flow node of this graph in whose bodies a node lies; it may read values from outside of them.
+        self.around = {
+            child: node
+            for node in graph
+            for attribute in node.attributes.values()
+            for child in _nodes_within(attribute)
+        }
+
+    def quantize(self, value: ir.Value, found: Range) -> SiteRecord:
+        """Encode a value once and decode it for each reader."""
+        spec = self.placement.specs[value]
+        readers = list(self.placement.readers[value])
+        forced = value in self.placement.forced
+        if forced:
+            readers = [(use.node, use.idx) for use in value.uses()]
+        scale, zero = activation_grid(found.low, found.high, spec)
+        name = value.name or "activation"
+        parameters = self._parameters(name, scale, zero, spec, value.dtype)
+        producer = value.producer()
+        origin = producer if producer is not None else readers[0][0]
+        encode = make_node(self.graph, "QuantizeLinear", [value, *parameters], {}, origin, self.pass_name)
+        encode.outputs[0].dtype = ir.DataType.from_numpy(spec.dtype)
+        encode.outputs[0].shape = value.shape
+        if producer is not None:
+            self.graph.insert_after(producer, encode)
+        else:
+            self.graph.insert_before(self.graph[0], encode)
+        for node, index in readers:
+            self._decode(encode.outputs[0], parameters, value, node, index)
+        if forced and value.is_graph_output():
+            self._decode_output(encode, parameters, value)
+        figures = {"low": found.low, "high": found.high, "scale": scale, "zero_point": float(zero)}
+        return SiteRecord(name, "activation", str(spec), found.method, figures)
+
+    def quantize_constant(self, value: ir.Value, scheme: Activations, rules: IntegerRules) -> SiteRecord:
+        """Store a constant as codes."""
+        array = constant_array(value).astype(np.float32)
+        low, high = float(array.min(initial=0)), float(array.max(initial=0))
+        spec = scheme.spec(signed=rules.signed)
+        scale, zero = activation_grid(low, high, spec)
+        name = value.name or "constant"
+        parameters = self._parameters(name, scale, zero, spec, value.dtype)
+        codes = add_constant(self.graph, f"{name}_codes", quantize_activation(array, scale, zero, spec))
+        for node, index in self.placement.constants[value]:
+            self._decode(codes, parameters, value, node, index)
+        figures = {"low": low, "high": high, "scale": scale, "zero_point": float(zero)}
+        return SiteRecord(name, "activation", str(spec), "constant", figures)
+
+    def _parameters(
+        self, name: str, scale: float, zero: int, spec: ActivationSpec, dtype: ir.DataType | None
+    ) -> list[ir.Value]:
+        """Scale and zero point of rank 0."""
+        kind = np.float16 if dtype == ir.DataType.FLOAT16 else np.float32
+        return [
+            add_constant(self.graph, f"{name}_scale", np.asarray(scale, kind)),
+            add_constant(self.graph, f"{name}_zero_point", np.asarray(zero, spec.dtype)),
+        ]
+
+    def _decode(
+        self, codes: ir.Value, parameters: list[ir.Value], value: ir.Value, reader: ir.Node, index: int
+    ) -> None:
+        decode = make_node(self.graph, "DequantizeLinear", [codes, *parameters], {}, reader, self.pass_name)
+        decode.outputs[0].type, decode.outputs[0].shape = value.type, value.shape
+        self.graph.insert_before(self.around.get(reader, reader), decode)
+        reader.replace_input_with(index, decode.outputs[0])
+
+    def _decode_output(self, encode: ir.Node, parameters: list[ir.Value], value: ir.Value) -> None:
+        """Let the caller have decoded codes under the name of the value."""
+        decode = make_node(self.graph, "DequantizeLinear", [encode.outputs[0], *parameters], {}, encode, self.pass_name)
+        self.graph.insert_after(encode, decode)
+        output, name = decode.outputs[0], value.name
+        output.type, output.shape = value.type, value.shape
+        for index, other in enumerate(self.graph.outputs):
+            if other is value:
+                self.graph.outputs[index] = output
+        value.name = unique_name(self.graph, f"{name}_float")
+        output.name = name

@@ -1,0 +1,193 @@
+"""Where activations are quantized, so that the target really runs integer operators and nothing is quantized in vain.
+
+A node is *integer* when all activations it reads are codes. Sites (Conv, MatMul, Gemm with a quantized weight) and
+products of two activations are integer because the scheme says so. Other operators follow their neighbours: what would
+have to be decoded before it and encoded again behind it is integer itself, if the target has a kernel.
+
+* ONNX Runtime's convolution becomes an integer kernel only when its result is quantized too. A Relu or Clip behind it
+  is absorbed by that quantization, so the range is measured behind the Relu.
+* A product that keeps its result float saves a rounding; its result is quantized only for integer readers.
+* Operators that only move values (pooling by maximum, reshaping, concatenation) run on codes as they are, so that what
+  goes in and what comes out has to share one scale.
+* Softmax, normalization and Gelu stay float: the integer forms are slower or do not exist.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from qcompiler.graph import Site
+from qcompiler.numerics.activation import ActivationSpec
+from qcompiler.scheme import Activations
+from qcompiler.targets import IntegerRules
+
+__all__ = ["Placement", "place"]
+
+# Absorbed by the quantization of what is in front of them, whose codes begin at zero.
+_ABSORBED = {"Relu", "Clip"}
+
+
+@dataclass
+class Placement:
+    """What is to be quantized.
+
+    Attributes:
+        specs: The values, in graph order, with their formats.
+        readers: For each value the (node, input index) pairs that read its codes.
+        forced: Values that everybody, the caller included, gets decoded from their codes.
+        shared: Groups of values with one scale.
+        constants: Float constants that integer nodes read, with their readers.
+    """
+
+    specs: dict[ir.Value, ActivationSpec] = field(default_factory=dict)
+    readers: dict[ir.Value, list[tuple[ir.Node, int]]] = field(default_factory=dict)
+    forced: set[ir.Value] = field(default_factory=set)
+    shared: list[list[ir.Value]] = field(default_factory=list)
+    constants: dict[ir.Value, list[tuple[ir.Node, int]]] = field(default_factory=dict)
+
+
+def place(
+    graph: ir.Graph, sites: Iterable[Site], products: Iterable[ir.Node], scheme: Activations, rules: IntegerRules
+) -> Placement:
+    """Decide which values of the top graph are quantized.
+
+    Args:
+        graph: The top graph, in topological order.
+        sites: Sites of this graph whose scheme has static integer activations.
+        products: MatMul nodes of two activations that are to be integer too.
+        scheme: The resolved activation scheme.
+        rules: What the target's kernels are like.
+    """
+    seeds = {site.node for site in sites} | set(products)
+    integer = _integer_nodes(graph, seeds, rules)
+    placement = Placement()
+    for node in graph:
+        if node not in integer:
+            continue
+        for index, value in _activations(node, integer[node]):
+            target = placement.readers if value.const_value is None else placement.constants
+            target.setdefault(value, []).append((node, index))
+        if rules.result_is_quantized(node):
+            placement.forced.add(_result(node))
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value in placement.readers or value in placement.forced:
+            placement.readers.setdefault(value, [])
+            placement.specs[value] = _spec(value, placement, scheme, rules)
+    placement.shared = _shared(integer, placement, rules)
+    return placement
+
+
+def _spec(value: ir.Value, placement: Placement, scheme: Activations, rules: IntegerRules) -> ActivationSpec:
+    """The format: signed where the target wants it, and for the right operand of products, as weights are."""
+    readers = placement.readers[value]
+    right = bool(readers) and all(node.op_type == "MatMul" and index == 1 for node, index in readers)
+    if right and value not in placement.forced and scheme.bits == 8 and not scheme.fp8:
+        return ActivationSpec(8, signed=True, symmetric=True)
+    if _starts_at_zero(value) and not rules.signed and not scheme.fp8:
+        return ActivationSpec(scheme.bits)  # a zero point at the end of the range lets the kernel absorb the Relu
+    return scheme.spec(signed=rules.signed)
+
+
+def _starts_at_zero(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type in _ABSORBED
+
+
+def _activations(node: ir.Node, indices: tuple[int, ...]) -> Iterator[tuple[int, ir.Value]]:
+    """The inputs of an integer node that are codes."""
+    for index, value in enumerate(node.inputs):
+        if value is not None and (not indices or index in indices):
+            yield index, value
+
+
+def _result(node: ir.Node) -> ir.Value:
+    """What comes out of a node once the Relu or Clip behind it is absorbed."""
+    output = node.outputs[0]
+    while not output.is_graph_output():
+        uses = list(output.uses())
+        if (
+            len(uses) != 1
+            or uses[0].idx
+            or uses[0].node.op_type not in _ABSORBED
+            or uses[0].node.graph is not node.graph
+        ):
+            break
+        if uses[0].node.op_type == "Clip" and not _clips_at_zero(uses[0].node):
+            break
+        output = uses[0].node.outputs[0]
+    return output
+
+
+def _clips_at_zero(node: ir.Node) -> bool:
+    """Whether a Clip's lower bound is the constant zero."""
+    attribute = node.attributes.get("min")
+    if attribute is not None:
+        return attribute.as_float() == 0
+    low = node.inputs[1] if len(node.inputs) > 1 else None
+    return low is not None and low.const_value is not None and not low.const_value.numpy().any()
+
+
+def _integer_nodes(graph: ir.Graph, seeds: set[ir.Node], rules: IntegerRules) -> dict[ir.Node, tuple[int, ...]]:
+    """Every integer node with the inputs that are codes: sites, products, and what lies between them."""
+    chosen: dict[ir.Node, tuple[int, ...]] = {}
+    for node in graph:
+        follows = rules.follows(node)
+        if node in seeds:
+            chosen[node] = (0, 1) if node.op_type == "MatMul" and _is_product(node) else (0,)
+        elif follows is not None:
+            chosen[node] = follows
+    while True:
+        wrong = [node for node in chosen if node not in seeds and not _belongs(node, chosen, rules)]
+        if not wrong:
+            return chosen
+        for node in wrong:
+            del chosen[node]
+
+
+def _is_product(node: ir.Node) -> bool:
+    from qcompiler.quantized import QuantizedTensor
+
+    right = node.inputs[1]
+    producer = right.producer() if right is not None else None
+    source = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else right
+    return not (source is not None and isinstance(source.const_value, QuantizedTensor))
+
+
+def _belongs(node: ir.Node, chosen: dict[ir.Node, tuple[int, ...]], rules: IntegerRules) -> bool:
+    """Whether a node gets codes from one of its neighbours and gives codes to another."""
+    inputs = [value for _, value in _activations(node, chosen[node]) if value.const_value is None]
+    gets = any(_comes_as_codes(value, chosen, rules) for value in inputs)
+    result = _result(node)
+    gives = any(user in chosen and (not chosen[user] or index in chosen[user]) for user, index in result.uses())
+    return gets and gives
+
+
+def _comes_as_codes(value: ir.Value, chosen: dict[ir.Node, tuple[int, ...]], rules: IntegerRules) -> bool:
+    producer = value.producer()
+    while producer is not None and producer.op_type in _ABSORBED and producer not in chosen:
+        source = producer.inputs[0]
+        producer = source.producer() if source is not None else None
+    return (
+        producer is not None
+        and producer in chosen
+        and rules.result_is_quantized(producer)
+        and _result(producer) is value
+    )
+
+
+def _shared(integer: dict[ir.Node, tuple[int, ...]], placement: Placement, rules: IntegerRules) -> list[list[ir.Value]]:
+    """Groups of values that operators which only move values make share a scale, each in graph order."""
+    group: dict[ir.Value, list[ir.Value]] = {value: [value] for value in placement.specs}
+    for node, indices in integer.items():
+        if not rules.moves(node):
+            continue
+        for _, value in _activations(node, indices):
+            first, second = group.get(value), group.get(_result(node))
+            if first is None or second is None or first is second:
+                continue
+            first.extend(second)
+            group.update((member, first) for member in second)
+    order = {value: at for at, value in enumerate(placement.specs)}
+    found = {id(members): sorted(members, key=order.__getitem__) for members in group.values() if len(members) > 1}
+    return list(found.values())
