@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.convolution import Geometry, tap_sums
 from qcompiler.errors import CalibrationError
 from qcompiler.graph import Site, constant_array, read_weight
 from qcompiler.lowering import add_constant, make_node
@@ -30,7 +31,7 @@ from qcompiler.quantized import from_stored
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
 
-__all__ = ["CorrectBias", "Geometry", "mean_error", "tap_sums"]
+__all__ = ["CorrectBias", "mean_error"]
 
 
 @dataclass(frozen=True)
@@ -127,78 +128,6 @@ class CorrectBias(QuantPass):
         graph.insert_after(node, add)
         result.name, output.name = output.name, name
         return add, 1
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Which inputs a convolution's kernel meets, per dimension.
-
-    Attributes:
-        kernel: Sizes.
-        strides: Steps.
-        dilations: Distances between the taps.
-        pads: Zeros before and after, ``(begin, ..., end, ...)``.
-        auto_pad: ``NOTSET``, ``VALID``, ``SAME_UPPER`` or ``SAME_LOWER``.
-    """
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[int, ...]
-    auto_pad: str = "NOTSET"
-
-    @classmethod
-    def of(cls, node: ir.Node) -> "Geometry":
-        """The geometry of a Conv whose weight is a constant."""
-        weight = node.inputs[1]
-        assert weight is not None and weight.const_value is not None
-        kernel = tuple(int(size) for size in weight.const_value.shape.numpy()[2:])
-
-        def ints(name: str, default: int, count: int) -> tuple[int, ...]:
-            attribute = node.attributes.get(name)
-            return (default,) * count if attribute is None else tuple(attribute.as_ints())
-
-        rank = len(kernel)
-        auto_pad = node.attributes.get_string("auto_pad", "NOTSET")
-        pads = ints("pads", 0, 2 * rank) if auto_pad == "NOTSET" else (0,) * (2 * rank)
-        return cls(kernel, ints("strides", 1, rank), ints("dilations", 1, rank), pads, auto_pad)
-
-    def spans(self, axis: int, size: int) -> tuple[int, list[slice]]:
-        """The number of outputs along a dimension of `size` inputs, and the inputs that each tap meets."""
-        kernel, stride, dilation = self.kernel[axis], self.strides[axis], self.dilations[axis]
-        begin, end = self.pads[axis], self.pads[axis + len(self.kernel)]
-        extent = (kernel - 1) * dilation + 1
-        outputs = (size + begin + end - extent) // stride + 1
-        if self.auto_pad.startswith("SAME"):
-            outputs = -(-size // stride)
-            zeros = max((outputs - 1) * stride + extent - size, 0)
-            begin = zeros // 2 if self.auto_pad == "SAME_UPPER" else zeros - zeros // 2
-        spans = []
-        for tap in range(kernel):
-            offset = tap * dilation - begin
-            first, last = max(0, -(offset // stride)), min(outputs - 1, (size - 1 - offset) // stride)
-            met = slice(first * stride + offset, last * stride + offset + 1, stride)
-            spans.append(met if first <= last else slice(0))
-        return outputs, spans
-
-
-def tap_sums(values: np.ndarray, geometry: Geometry) -> tuple[np.ndarray, int]:
-    """Sum what each tap of a kernel meets.
-
-    Args:
-        values: The convolution's input ``[B, C, ...]``.
-        geometry: Of the convolution.
-
-    Returns:
-        float64 ``[C, taps]``, the taps in the order of the weight; and the number of outputs of a channel.
-    """
-    sums, count = values.sum(axis=0, dtype=np.float64), len(values)
-    for axis, size in enumerate(values.shape[2:]):
-        outputs, spans = geometry.spans(axis, size)
-        count *= outputs
-        # [C, d, ..., taps] -> [C, ..., taps, taps of d]
-        sums = np.stack([sums[:, span].sum(axis=1) for span in spans], axis=-1)
-    return sums.reshape(len(sums), -1), count
 
 
 def mean_error(error: np.ndarray, means: np.ndarray) -> np.ndarray:

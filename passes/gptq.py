@@ -131,6 +131,47 @@ def sweep(
     return result, loss
 
 
+def sweep_groups(
+    weight: np.ndarray, hessians: np.ndarray, grid: Grid, spec: WeightSpec, *, act_order: bool, percdamp: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sweep all groups of a convolution at once, each with a Hessian of its own.
+
+    Args:
+        weight: float32 ``[N, K]``, N / groups rows a group.
+        hessians: float64 ``[groups, K, K]``.
+        grid: Scale and zero point ``[N, 1]``.
+        spec: Target format, one scale a row.
+        act_order: Visit columns in the order of falling diag(H).
+        percdamp: Damping as in `damped`.
+
+    Returns:
+        Codes uint8 ``[N, K]``, the loss of each row and the loss with all codes zero, float64 ``[N]``.
+    """
+    groups, columns, rows = len(hessians), weight.shape[1], len(weight) // len(hessians)
+    diagonal = np.einsum("gkk->gk", hessians)
+    order = np.argsort(-diagonal, axis=1, kind="stable") if act_order else np.tile(np.arange(columns), (groups, 1))
+    damp = np.stack([damped(hessian, percdamp) for hessian in hessians])
+    each = np.arange(groups)[:, None, None]
+    ordered = damp[each, order[:, :, None], order[:, None, :]]
+    factors = np.linalg.cholesky(ordered[:, ::-1, ::-1])[:, ::-1, ::-1]  # [g, K, K]
+    values = np.take_along_axis(weight.reshape(groups, rows, columns), order[:, None], axis=2)
+    scale, zero = grid.scale.reshape(groups, rows), grid.zero_point.reshape(groups, rows)
+    errors, codes, loss = np.zeros_like(values), np.empty(values.shape, np.uint8), np.zeros((groups, rows))
+    for k in range(columns):
+        pivot = factors[:, k, k]
+        feedback = (factors[:, :k, k] / pivot[:, None]).astype(np.float32)  # [g, k]
+        value = values[..., k] + np.einsum("grk,gk->gr", errors[..., :k], feedback)
+        code = round_to_grid(value, scale, zero, spec)
+        quantized = (code - zero) * scale
+        codes[..., k], errors[..., k] = code, values[..., k] - quantized
+        loss += np.square(pivot[:, None] * (value - quantized))
+    result = np.empty_like(codes)
+    np.put_along_axis(result, np.broadcast_to(order[:, None], codes.shape), codes, axis=2)
+    wide = weight.reshape(groups, rows, columns).astype(np.float64)
+    energy = np.einsum("grk,gkl,grl->gr", wide, hessians, wide, optimize=True)
+    return result.reshape(weight.shape), loss.reshape(-1), energy.reshape(-1)
+
+
 def row_losses(error: np.ndarray, hessian: np.ndarray) -> np.ndarray:
     """The diagonal of ``E H E^T``, float64 ``[N]``, of E float32 ``[N, K]`` and H float32 ``[K, K]``."""
     return np.asarray(np.einsum("nk,nk->n", error @ hessian, error, dtype=np.float64))
@@ -211,7 +252,8 @@ class Gptq(SegmentPass):
 
     1. A site with measured activations is swept as above; sites that read the same activation are swept together.
     2. A lookup table or a site inside a control-flow body has no Hessian: it is rounded to nearest on a clipped grid.
-    3. Where the damped Hessian cannot be factored, damping grows tenfold, is reported, and past 1.0 is an error.
+    3. The groups of a convolution have a Hessian each and are swept side by side.
+    4. Where the damped Hessian cannot be factored, damping grows tenfold, is reported, and past 1.0 is an error.
     """
 
     name = "gptq"
@@ -224,6 +266,8 @@ class Gptq(SegmentPass):
         if facts is None:
             grid = clip_grid(weight, spec, threads=threads)
             return Quantized(quantize(weight, grid, spec, threads), grid)
+        if facts.hessian.ndim == 3:
+            return self._quantize_groups(weight, spec, facts.hessian)
         importance = np.diagonal(facts.hessian).astype(np.float32)
         order = np.argsort(-importance, kind="stable") if self.options.act_order else np.arange(len(importance))
         with ThreadPoolExecutor(1) as beside:  # matrix work, while the search for a grid and the sweep go on
@@ -248,6 +292,24 @@ class Gptq(SegmentPass):
         remark = "" if damping == self.options.percdamp else f"damping grew to {damping:g}"
         return Quantized(codes, grid, remark, loss, energy)
 
+    def _quantize_groups(self, weight: np.ndarray, spec: WeightSpec, hessians: np.ndarray) -> Quantized:
+        """Quantize the weight of a convolution of groups."""
+        importance = np.einsum("gkk->gk", hessians).astype(np.float32).repeat(len(weight) // len(hessians), axis=0)
+        grid = clip_grid(weight, spec, importance) if self.options.clip else min_max_grid(weight, spec)
+        damping = self.options.percdamp
+        while True:
+            try:
+                codes, loss, energy = sweep_groups(
+                    weight, hessians, grid, spec, act_order=self.options.act_order, percdamp=damping
+                )
+            except np.linalg.LinAlgError as error:
+                damping = max(10 * damping, 1e-4)
+                if damping > _MAX_DAMPING:
+                    raise _unfactored(damping / 10) from error
+                continue
+            remark = "" if damping == self.options.percdamp else f"damping grew to {damping:g}"
+            return Quantized(codes, grid, remark, loss, energy)
+
     def _factor(self, hessian: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, float]:
         """Factor the damped Hessian in visiting order, with the damping that it took."""
         damping = self.options.percdamp
@@ -256,7 +318,11 @@ class Gptq(SegmentPass):
                 return upper_factor(damped(hessian, damping)[np.ix_(order, order)]), damping
             except np.linalg.LinAlgError:
                 tried, damping = damping, max(10 * damping, 1e-4)
-        raise NumericsError(
-            f"gptq: the Hessian cannot be factored even with damping {tried:g}; give more calibration samples, or "
-            "leave the site float with --ignore"
-        )
+        raise _unfactored(tried)
+
+
+def _unfactored(damping: float) -> NumericsError:
+    return NumericsError(
+        f"gptq: the Hessian cannot be factored even with damping {damping:g}; give more calibration samples, or leave "
+        "the site float with --ignore"
+    )

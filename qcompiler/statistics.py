@@ -14,7 +14,8 @@ class LayerFacts:
     """What is known about the activation that a site reads.
 
     Attributes:
-        hessian: float64 ``[K, K]``, the sum over tokens of x x^T.
+        hessian: float64 ``[K, K]``, the sum over tokens of x x^T; ``[groups, K, K]`` for a convolution of groups, each of
+            which reads channels of its own.
         tokens: Number of tokens in the sum.
     """
 
@@ -42,20 +43,23 @@ def feature_rows(activation: np.ndarray, axis: int, mask: np.ndarray | None) -> 
 
 
 class Hessian:
-    """The sum of x x^T over tokens, ``X^T X`` for X ``[T, K]``: float32 within a batch, float64 across batches."""
+    """The sum of x x^T over tokens, ``X^T X`` for X ``[T, K]``: float32 within a batch, float64 across batches.
 
-    def __init__(self, columns: int) -> None:
-        """Start with zeros ``[K, K]``."""
-        self.total = np.zeros((columns, columns), np.float64)
+    With groups, X is ``[groups, T, K]`` and the sum ``[groups, K, K]``.
+    """
+
+    def __init__(self, columns: int, groups: int = 1) -> None:
+        """Start with zeros."""
+        self.total = np.zeros((groups, columns, columns) if groups > 1 else (columns, columns), np.float64)
         self.tokens = 0
 
     def product(self, rows: np.ndarray) -> tuple[np.ndarray, int]:
         """One batch's share, float32 ``[K, K]`` from tokens float32 ``[T, K]``, and T; safe to call from threads."""
-        if rows.shape[-1] != len(self.total):
+        if rows.shape[-1] != self.total.shape[-1]:
             raise NumericsError(
-                f"an activation has {rows.shape[-1]} features where the weight has K = {len(self.total)}"
+                f"an activation has {rows.shape[-1]} features where the weight has K = {self.total.shape[-1]}"
             )
-        return rows.T @ rows, len(rows)
+        return np.swapaxes(rows, -1, -2) @ rows, rows.shape[-2]
 
     def add(self, product: np.ndarray, tokens: int) -> None:
         """Add a batch's share."""

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.calibration import row_mask
+from qcompiler.convolution import Geometry, patch_rows
 from qcompiler.errors import ModelError
 from qcompiler.graph import Site, input_feature_axis
 from qcompiler.scratch import Scratch
@@ -24,6 +25,8 @@ from qcompiler.statistics import Hessian, LayerFacts, feature_rows
 
 __all__ = ["Streaming", "in_flight"]
 
+# Output positions of a convolution that are taken of a batch; neighbouring ones tell nearly the same.
+_MOST_PATCHES = 8192
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 OnSites = Callable[[list[Site], LayerFacts], None]
@@ -82,11 +85,21 @@ class Streaming:
 
 
 def _readers(segment: Segment) -> list[list[Site]]:
-    """The segment's sites grouped by the activation they read and the axis they read it along, in order."""
-    readers: dict[tuple[ir.Value, int], list[Site]] = {}
+    """The segment's sites grouped by the activation they read and how they read it, in order."""
+    readers: dict[tuple[object, ...], list[Site]] = {}
     for site in segment.sites:
-        readers.setdefault((site.input, input_feature_axis(site)), []).append(site)
+        how = (Geometry.of(site.node), site) if _groups(site) > 1 else _geometry(site) or input_feature_axis(site)
+        readers.setdefault((site.input, how), []).append(site)
     return list(readers.values())
+
+
+def _geometry(site: Site) -> Geometry | None:
+    """How a convolution meets its input; None for a linear layer."""
+    return Geometry.of(site.node) if site.not_linear else None
+
+
+def _groups(site: Site) -> int:
+    return site.node.attributes.get_int("group", 1) if site.not_linear else 1
 
 
 def _measure(
@@ -94,12 +107,16 @@ def _measure(
 ) -> LayerFacts:
     """The facts about the activation that a site reads, summed over the batches in their order."""
     name = site.input.name or ""
-    hessian = Hessian(site.columns)
+    geometry, groups = _geometry(site), _groups(site)
+    hessian = Hessian(site.columns, groups)
 
     def product(batch: int) -> tuple[np.ndarray, int]:
         if name not in boundary[batch]:
             raise ModelError(f"the activation '{name}' of '{site.name}' is not computed by the graph before it")
-        return hessian.product(feature_rows(boundary[batch][name], input_feature_axis(site), masks[batch]))
+        if geometry is None:
+            return hessian.product(feature_rows(boundary[batch][name], input_feature_axis(site), masks[batch]))
+        rows = patch_rows(boundary[batch][name], geometry, groups, _MOST_PATCHES)
+        return hessian.product(rows[0] if groups == 1 else rows)
 
     for part, tokens in in_flight(pool, product, range(len(boundary)), threads):
         hessian.add(part, tokens)

@@ -7,7 +7,8 @@ import pytest
 from qcompiler.errors import CalibrationError
 from qcompiler.graph import PASS_KEY
 from qcompiler.passes import load
-from qcompiler.passes.correct_bias import Geometry, mean_error, tap_sums
+from qcompiler.convolution import Geometry, tap_sums
+from qcompiler.passes.correct_bias import mean_error
 from qcompiler.sites import find_sites
 from tests.builders import (
     Ticks,
