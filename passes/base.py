@@ -163,7 +163,7 @@ def site_spec(site: Site, config: CompileConfig) -> WeightSpec:
     scheme = Scheme.parse(site.node.metadata_props[SCHEME_KEY])
     return scheme.spec(
         site.columns,
-        site.scale_dtype,
+        "float16" if config.float16 and site.scale_dtype == "float32" else site.scale_dtype,
         signed_scale=config.target in ("cpu", "cuda"),
         reduced=config.reduce_range,
     )

@@ -26,15 +26,15 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph import constant_array, walk
-from qcompiler.lowering import add_constant, make_node, replace_nodes
+from qcompiler.layers import channel_view, clip_bounds, is_constant, label, output_channels, store_constant
+from qcompiler.lowering import make_node, replace_nodes
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
 
 __all__ = ["Equalize", "equalized"]
 
-_CONVOLUTIONS = ("Conv", "ConvTranspose")
-_LAYERS = (*_CONVOLUTIONS, "Gemm")
+_LAYERS = ("Conv", "ConvTranspose", "Gemm")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 # Operators that commute with a positive scale of each channel of their first input.
 _HOMOGENEOUS = (
@@ -95,11 +95,11 @@ class Equalize(QuantPass):
                 outcome[pair.first] = ("a weight or bias would exceed the range of its type", {})
             pairs, arrays = fitting, {}
         for (node, index), array in arrays.items():
-            _store(node, index, array)
+            store_constant(node, index, array)
         clips = [clip for pair in pairs for clip in pair.clips]
         for clip in clips:
             self._unbound(clip)
-        records = [_record(names.get(node, _name(node)), found[node], *outcome[node]) for node in nodes]
+        records = [_record(names.get(node, label(node)), found[node], *outcome[node]) for node in nodes]
         return QuantPassResult(model, bool(arrays or clips), tuple(records))
 
     def _pair(self, node: ir.Node) -> "_Pair | str":
@@ -117,7 +117,7 @@ class Equalize(QuantPass):
                 return f"its result is read by {reader.op_type} in a way that does not commute with a scale"
             if reader.op_type in _LAYERS:
                 return _problem(node) or _problem(reader) or _mismatch(node, reader) or _Pair(node, reader, clips)
-            bounds = _bounds(reader)
+            bounds = clip_bounds(reader)
             if bounds is not None and bounds[0] == 0 and bounds[1] > 0:
                 if bounds[1] < np.inf and not self.options.relu6:
                     return f"Clip at {bounds[1]:g} does not commute with a scale; relu6=true approximates it by Relu"
@@ -138,7 +138,7 @@ def _record(name: str, found: "_Pair | str", reason: str, metrics: dict[str, flo
     if isinstance(found, str) or not metrics:
         return SiteRecord(name, "skipped", reason=f"not equalized: {reason}")
     clips = ", Clip turned into Relu" if found.clips else ""
-    return SiteRecord(name, "scaled", reason=f"equalized with '{_name(found.second)}'{clips}", metrics=metrics)
+    return SiteRecord(name, "scaled", reason=f"equalized with '{label(found.second)}'{clips}", metrics=metrics)
 
 
 def equalized(matrices: Sequence[np.ndarray], links: Sequence[tuple[int, int]], limit: float) -> list[np.ndarray]:
@@ -215,7 +215,7 @@ def _magnitudes(node: ir.Node) -> np.ndarray:
     """The largest |weight| over the kernel, float64 [groups, outputs, inputs]."""
     weight = node.inputs[1]
     assert weight is not None
-    view = np.abs(_channels(node, constant_array(weight)).astype(np.float64))
+    view = np.abs(channel_view(node, constant_array(weight)).astype(np.float64))
     return np.asarray(view.max(3))
 
 
@@ -229,7 +229,7 @@ def _scaled(pairs: list[_Pair], scales: list[np.ndarray]) -> dict[tuple[ir.Node,
         assert weight is not None
         stored = constant_array(weight)
         array = stored.astype(np.float64)
-        view = _channels(node, array)
+        view = channel_view(node, array)
         if node in inputs:
             view *= inputs[node].reshape(len(view), 1, -1, 1)
         if node in outputs:
@@ -244,84 +244,25 @@ def _scaled(pairs: list[_Pair], scales: list[np.ndarray]) -> dict[tuple[ir.Node,
 def _problem(node: ir.Node) -> str:
     """Why a layer cannot be scaled, or nothing."""
     weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
-    if not _is_constant(weight):
-        return f"the weight of '{_name(node)}' is no constant"
+    if not is_constant(weight):
+        return f"the weight of '{label(node)}' is no constant"
     assert weight is not None and weight.const_value is not None
     if weight.const_value.dtype not in _FLOATS:
-        return f"the weight of '{_name(node)}' is {weight.const_value.dtype.name.lower()}"
-    if bias is not None and not _is_constant(bias):
-        return f"the bias of '{_name(node)}' is no constant"
+        return f"the weight of '{label(node)}' is {weight.const_value.dtype.name.lower()}"
+    if bias is not None and not is_constant(bias):
+        return f"the bias of '{label(node)}' is no constant"
     if node.op_type == "Gemm" and node.attributes.get_int("transA", 0) == 1:
-        return f"'{_name(node)}' transposes its input"
+        return f"'{label(node)}' transposes its input"
     if node.op_type == "Gemm" and bias is not None:
         shape = constant_array(bias).shape
-        if math.prod(shape) not in (1, _outputs(node)) or (shape and math.prod(shape) != shape[-1]):
-            return f"the bias of '{_name(node)}' has one value for each row"
+        if math.prod(shape) not in (1, output_channels(node)) or (shape and math.prod(shape) != shape[-1]):
+            return f"the bias of '{label(node)}' has one value for each row"
     return ""
 
 
 def _mismatch(first: ir.Node, second: ir.Node) -> str:
     """Why the channels of two layers are not the same, or nothing."""
     groups, _, inputs = _magnitudes(second).shape
-    if _outputs(first) == groups * inputs:
+    if output_channels(first) == groups * inputs:
         return ""
-    return f"'{_name(second)}' reads {groups * inputs} channels, not {_outputs(first)}"
-
-
-def _bounds(node: ir.Node) -> tuple[float, float] | None:
-    """The bounds of a Clip as far as they are constants, else None."""
-    if node.op_type != "Clip":
-        return None
-    bounds = [node.attributes.get_float("min", -np.inf), node.attributes.get_float("max", np.inf)]
-    for index, value in enumerate(node.inputs[1:3]):
-        if value is not None and not _is_constant(value):
-            return None
-        if value is not None:
-            bounds[index] = float(constant_array(value).reshape(-1)[0])
-    # Older exporters write the largest float for no bound.
-    return bounds[0], bounds[1] if bounds[1] < np.finfo(np.float32).max else np.inf
-
-
-# The same in `fold_batchnorm`: how layers store channels, and constants that belong to one of them alone.
-
-
-def _name(node: ir.Node) -> str:
-    return node.name or node.outputs[0].name or node.op_type
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None and value.is_initializer()
-
-
-def _outputs(node: ir.Node) -> int:
-    """The number of a layer's output channels."""
-    weight = node.inputs[1]
-    assert weight is not None and weight.const_value is not None
-    first, second = weight.const_value.shape.numpy()[:2]
-    if node.op_type == "Conv" or node.attributes.get_int("transB", 0) == 1:
-        return int(first)
-    return int(second) * node.attributes.get_int("group", 1)
-
-
-def _channels(node: ir.Node, weight: np.ndarray) -> np.ndarray:
-    """A layer's contiguous weight as a view [groups, outputs, inputs, taps]; channels count through the groups."""
-    if node.op_type in _CONVOLUTIONS:
-        groups = node.attributes.get_int("group", 1)
-        view = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
-        return view if node.op_type == "Conv" else view.swapaxes(1, 2)
-    view = weight.reshape(1, *weight.shape, 1)
-    return view if node.attributes.get_int("transB", 0) == 1 else view.swapaxes(1, 2)
-
-
-def _store(node: ir.Node, index: int, array: np.ndarray) -> None:
-    """Let a node's input be a constant; what others read too, or the caller gets, stays as it is for them."""
-    old = node.inputs[index] if index < len(node.inputs) else None
-    if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
-        old.const_value = ir.Tensor(array, name=old.name)
-        old.shape = ir.Shape(array.shape)
-        return
-    graph, weight = node.graph, node.inputs[1]
-    assert graph is not None and weight is not None
-    name = f"{weight.name}_bias" if old is None else f"{old.name}_{_name(node)}"
-    node.resize_inputs(max(index + 1, len(node.inputs)))
-    node.replace_input_with(index, add_constant(graph, name, array))
+    return f"'{label(second)}' reads {groups * inputs} channels, not {output_channels(first)}"

@@ -14,16 +14,17 @@
    get the same folded constant, and ONNX Runtime does not fuse a constant that two nodes read. For the same reason
    every other site has a DequantizeLinear and constants of its own, in the graph of its node; the data file holds equal
    ones once.
-
 5. Sites whose activations are quantized in the graph get one scale a column (a convolution: one an output channel,
-   along axis 0), whatever the output form is otherwise. The bias of a Gemm becomes int32 codes in the scale of the
-   product, without which ONNX Runtime leaves a Gemm with a float result in float; that of a convolution stays float.
+   along axis 0), whatever the output form is otherwise. A bias of a convolution stays float. That of a Gemm with
+   calibrated activations becomes int32 codes in the scale of the product, if it fits, and the weight gets zero points
+   of zero: without either ONNX Runtime runs the Gemm in float.
+6. ONNX Runtime makes a Gemm of a MatMul and the Add behind it before it looks for integers. What is added to an integer
+   MatMul therefore becomes int32 codes like the bias of a Gemm, or is subtracted with the other sign.
 
-Symmetric weights are signed, ``code - mid``, without zero points; others are unsigned. Codes are turned and packed when
-the model is written, so that memory never holds them twice.
+Symmetric weights are signed, ``code - mid``, without zero points but in case 5; others are unsigned. Codes are turned
+and packed when the model is written, so that memory never holds them twice.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,10 +32,18 @@ import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
 from qcompiler.errors import PassError
-from qcompiler.graph import PASS_KEY, Site, constant_array, unique_name
+from qcompiler.graph import PASS_KEY, Site, constant_array
 from qcompiler.lowering import add_constant, make_node, replace_nodes
+from qcompiler.lowering_qdq import (
+    Constants,
+    channel_constants,
+    code_dtype,
+    column_constants,
+    graph_of,
+    group_count,
+    row_constants,
+)
 from qcompiler.numerics.activation import quantize_bias
-from qcompiler.numerics.packing import integer_codes, pack_codes, pack_matmul_nbits, transpose_packed
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, quantizes_activations
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
@@ -42,9 +51,6 @@ from qcompiler.sites import find_sites
 from qcompiler.targets import qdq_opset, qdq_width
 
 __all__ = ["ExportQdq"]
-
-# Codes, scales and, where the format has them, zero points.
-Constants = tuple[ir.Value, ...]
 
 
 class ExportQdq(QuantPass):
@@ -65,7 +71,7 @@ class ExportQdq(QuantPass):
         for site in sites:
             _check(site, model.graph.opset_imports.get("", 0))
         tables = {site.weight: site for site in sites if site.role == "embedding"}
-        constants = {weight: _row_constants(site) for weight, site in tables.items()}
+        constants = {weight: row_constants(site) for weight, site in tables.items()}
         unread = dict(constants)
         records = []
         for site in sites:
@@ -86,14 +92,14 @@ class ExportQdq(QuantPass):
             shift = self._node(site, "Cast", zero, to=int(tensor.dtype))
             new += [shift, self._node(site, "Sub", [new[-1].outputs[0], shift.outputs[0]])]
         new.append(self._node(site, "Mul", [new[-1].outputs[0], scale]))
-        if _groups(tensor) > 1:
+        if group_count(tensor) > 1:
             new += self._joined(site, tensor, new[-1].outputs[0])
-        replace_nodes(_graph(site), [site.node], new, new[-1].outputs[0])
-        return f"Gather of {_dtype(tensor, tensor.spec.bits).name.lower()}, Cast, Mul, {_form(tensor)}"
+        replace_nodes(graph_of(site), [site.node], new, new[-1].outputs[0])
+        return f"Gather of {code_dtype(tensor, tensor.spec.bits).name.lower()}, Cast, Mul, {_form(tensor)}"
 
     def _joined(self, site: Site, tensor: QuantizedTensor, values: ir.Value) -> list[ir.Node]:
         """Nodes that make rows [..., K] of values [..., G, group size]."""
-        indices, width = site.input, _groups(tensor) * tensor.spec.group_size
+        indices, width = site.input, group_count(tensor) * tensor.spec.group_size
         nodes: list[ir.Node] = []
         if indices.shape is not None:
             shape = _sizes(site, "shape", *[0] * indices.shape.rank(), width)
@@ -113,32 +119,33 @@ class ExportQdq(QuantPass):
 
     def _rewrite_linear(self, site: Site, tensor: QuantizedTensor, table: Constants | None) -> str:
         if site.node.op_type == "Conv":
-            decode = self._node(site, "DequantizeLinear", _channel_constants(site, tensor), axis=0)
-            _graph(site).insert_before(site.node, decode)
+            decode = self._node(site, "DequantizeLinear", channel_constants(site, tensor), axis=0)
+            graph_of(site).insert_before(site.node, decode)
             site.node.replace_input_with(1, decode.outputs[0])
             site.node.metadata_props[PASS_KEY] = self.name
-            return f"DequantizeLinear of {_dtype(tensor, 8).name.lower()}, per output channel"
+            return f"DequantizeLinear of {code_dtype(tensor, 8).name.lower()}, per output channel"
         width = qdq_width(tensor.spec.bits, tensor.rows)
+        integers = _runs_on_integers(site, self.context.config.target)
         before: list[ir.Node] = []
         if table is None:
-            inputs = _column_constants(site, tensor, width)
+            inputs = column_constants(site, tensor, width, integers=integers)
         else:
             chains = self._turned(site, tensor, table)
             before = [step for chain in chains for step in chain]
             inputs = [chain[-1].outputs[0] for chain in chains]
-        attributes = {"axis": 0, "block_size": tensor.spec.group_size} if _groups(tensor) > 1 else {"axis": 1}
+        attributes = {"axis": 0, "block_size": tensor.spec.group_size} if group_count(tensor) > 1 else {"axis": 1}
         decode = self._node(site, "DequantizeLinear", inputs, **attributes)
-        _graph(site).insert_before(site.node, [*before, decode])
-        self._read_columns(site, decode.outputs[0])
-        note = f"DequantizeLinear of {_dtype(tensor, width).name.lower()}, {_form(tensor)}"
+        graph_of(site).insert_before(site.node, [*before, decode])
+        self._read_columns(site, decode.outputs[0], integers=integers)
+        note = f"DequantizeLinear of {code_dtype(tensor, width).name.lower()}, {_form(tensor)}"
         if width != tensor.spec.bits:
             note += f", holding {tensor.spec.bits}-bit codes because N = {tensor.rows} is no multiple of 4"
         return note if table is None else f"{note}, codes shared with the lookup table"
 
     def _turned(self, site: Site, tensor: QuantizedTensor, table: Constants) -> list[list[ir.Node]]:
-        """For each constant of a table the nodes that give it the shape of `_column_constants`."""
+        """For each constant of a table the nodes that give it the shape of `column_constants`."""
         codes, *others = table
-        if _groups(tensor) == 1:
+        if group_count(tensor) == 1:
             flat = _sizes(site, "flat", -1)
             turned = [[self._node(site, "Transpose", [codes], perm=[1, 0])]]
             return turned + [[self._node(site, "Reshape", [part, flat])] for part in others]
@@ -151,18 +158,21 @@ class ExportQdq(QuantPass):
             turned[0].append(self._cut(site, turned[0][-1].outputs[0], tensor.columns, axis=0))
         return turned
 
-    def _read_columns(self, site: Site, weight: ir.Value) -> None:
+    def _read_columns(self, site: Site, weight: ir.Value, *, integers: bool) -> None:
         """Let the site's node read a weight [K, N]."""
-        node, graph = site.node, _graph(site)
+        node, graph = site.node, graph_of(site)
         extra = node.inputs[2] if len(node.inputs) > 2 else None
         if extra is not None:
             vector = _as_vector(extra, site)
-            if vector is not None and explicit_activations(site) is not None:
+            if vector is not None and integers:
                 vector = self._integer_bias(site, vector)
             if vector is None:
                 product = self._node(site, "MatMul", [site.input, weight])
                 total = self._node(site, "Add", [product.outputs[0], extra])
                 replace_nodes(graph, [node], [product, total], total.outputs[0])
+                if integers:
+                    site.node = product
+                    self._set_apart(site)
                 return
             node.replace_input_with(2, vector)
         node.replace_input_with(1, weight)
@@ -172,31 +182,81 @@ class ExportQdq(QuantPass):
         if node.op_type == "Gemm" and activations is not None and activations.dynamic:
             node.op_type = "MatMul"  # ONNX Runtime has no Gemm with activations that are quantized at run time
             node.attributes.clear()
-        if node.op_type == "MatMul":
+        if node.op_type == "MatMul" and integers:
+            self._set_apart(site)
+        elif node.op_type == "MatMul":
             _straighten_added_bias(site)
 
     def _integer_bias(self, site: Site, bias: ir.Value) -> ir.Value | None:
-        """The decoded int32 codes of a bias [N] in the scale of the product; None for one that is not constant."""
+        """The decoded int32 codes of a bias [N] in the scale of the product; None for one that has no such codes.
+
+        That is one that is not constant, or too large for its scale; or a row of the weight is zero, so that its scale
+        means nothing.
+        """
         tensor, decode = site.quantized, site.input.producer()
         scale = decode.inputs[1] if decode is not None else None
         if bias.const_value is None or tensor is None or scale is None or scale.const_value is None:
             return None
         product = tensor.scale[:, 0].astype(np.float32) * np.float32(constant_array(scale))
         codes = quantize_bias(constant_array(bias), product)
-        inputs = [add_constant(_graph(site), f"{bias.name}_codes", codes)]
-        inputs.append(add_constant(_graph(site), f"{bias.name}_scales", product.astype(tensor.scale.dtype)))
+        too_large = (np.abs(codes) == np.iinfo(np.int32).max).any()
+        if too_large or (tensor.packed == tensor.spec.format.mid).all(1).any():
+            return None
+        inputs = [add_constant(graph_of(site), f"{bias.name}_codes", codes)]
+        inputs.append(add_constant(graph_of(site), f"{bias.name}_scales", product))
         node = self._node(site, "DequantizeLinear", inputs, axis=0)
-        _graph(site).insert_before(site.node, node)
+        graph_of(site).insert_before(site.node, node)
         return node.outputs[0]
 
+    def _set_apart(self, site: Site) -> None:
+        """Keep what is added to an integer MatMul from making a float Gemm of it (case 6)."""
+        result, graph = site.node.outputs[0], graph_of(site)
+        uses = list(result.uses())
+        if result.is_graph_output() or len(uses) != 1 or uses[0].node.op_type != "Add":
+            return
+        add, other = uses[0].node, uses[0].node.inputs[1 - uses[0].idx]
+        if add.graph is not graph or other is None or not _may_become_gemm(site, other):
+            return
+        vector = _as_vector(other, site)
+        codes = None if vector is None or _read_both_ways(add.outputs[0]) else self._integer_bias(site, vector)
+        if codes is not None:
+            add.replace_input_with(1 - uses[0].idx, codes)
+            return
+        new = []
+        if other.const_value is not None:
+            negative = add_constant(graph, f"{other.name}_negative", -constant_array(other))
+        else:
+            new.append(self._node(site, "Neg", [other]))
+            negative = new[0].outputs[0]
+        new.append(self._node(site, "Sub", [result, negative]))
+        replace_nodes(graph, [add], new, new[-1].outputs[0])
+
     def _node(self, site: Site, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Node:
-        return make_node(_graph(site), op_type, inputs, attributes, site.node, self.name)
+        return make_node(graph_of(site), op_type, inputs, attributes, site.node, self.name)
 
 
-def _graph(site: Site) -> ir.Graph:
-    graph = site.node.graph
-    assert isinstance(graph, ir.Graph)
-    return graph
+def _runs_on_integers(site: Site, target: str) -> bool:
+    """Whether ONNX Runtime's integer kernels run the site; TensorRT's take a float bias and no int32 codes."""
+    found = explicit_activations(site)
+    integers = found is not None and found.bits == 8 and not found.fp8
+    return integers and site.scale_dtype == "float32" and target != "tensorrt"
+
+
+def _read_both_ways(value: ir.Value) -> bool:
+    """Whether codes and floats are made of a value, so that ONNX Runtime has no Gemm that gives both."""
+    readers = {node.op_type == "QuantizeLinear" for node in value.consumers()}
+    return True in readers and (False in readers or value.is_graph_output())
+
+
+def _may_become_gemm(site: Site, other: ir.Value) -> bool:
+    """Whether ONNX Runtime may make a Gemm of a MatMul and the Add of another value.
+
+    It does so for matrices, and for a constant vector where all sizes are known.
+    """
+    shape = site.input.shape
+    if other.const_value is None:
+        return shape is not None and shape.rank() == 2
+    return shape is None or shape.rank() <= 2 or all(isinstance(size, int) for size in shape)
 
 
 def _check(site: Site, opset: int) -> None:
@@ -217,95 +277,13 @@ def _check(site: Site, opset: int) -> None:
         )
 
 
-def _dtype(tensor: QuantizedTensor, width: int) -> ir.DataType:
-    return ir.DataType[f"{'' if tensor.spec.symmetric else 'U'}INT{width}"]
-
-
-def _groups(tensor: QuantizedTensor) -> int:
-    return int(tensor.scale.shape[1])
-
-
 def _form(tensor: QuantizedTensor) -> str:
-    return f"block {tensor.spec.group_size}" if _groups(tensor) > 1 else "per channel"
+    return f"block {tensor.spec.group_size}" if group_count(tensor) > 1 else "per channel"
 
 
 def _sizes(site: Site, name: str, *numbers: int) -> ir.Value:
     """A constant of shapes or limits."""
-    return add_constant(_graph(site), f"{site.weight.name}_{name}", np.array(numbers, np.int64))
-
-
-def _row_constants(site: Site) -> Constants:
-    """Constants of a lookup table, where its weight is.
-
-    Codes [N, G, group size], scales and zero points [N, G, 1]; for G = 1 codes [N, K], scales and zero points [N, 1].
-    """
-    tensor, graph, name = site.quantized, site.weight.graph, site.weight.name
-    assert tensor is not None and graph is not None
-    spec, columns = tensor.spec, tensor.columns
-    blocks = _groups(tensor) > 1
-    shape = (tensor.rows, _groups(tensor), spec.group_size) if blocks else (tensor.rows, columns)
-
-    def codes() -> np.ndarray:
-        size = spec.group_size if blocks else columns
-        padded = pack_matmul_nbits(tensor.packed, spec.bits, columns, size, spec.format.mid)
-        return integer_codes(padded, spec.bits, signed=spec.symmetric, width=spec.bits)
-
-    def one_a_group(array: np.ndarray) -> np.ndarray:
-        return array[:, :, None] if blocks else array
-
-    made = [
-        _add_lazily(graph, f"{name}_table", _dtype(tensor, spec.bits), shape, codes),
-        add_constant(graph, f"{name}_table_scales", one_a_group(tensor.scale)),
-    ]
-    if tensor.zero_point is not None:
-        made.append(add_constant(graph, f"{name}_table_zero_points", one_a_group(tensor.zero_point)))
-    return tuple(made)
-
-
-def _channel_constants(site: Site, tensor: QuantizedTensor) -> list[ir.Value]:
-    """Constants of a convolution: codes int8 in the weight's shape, scales [N]."""
-    name = site.weight.name
-    shape = tuple(int(size) for size in tensor.shape.numpy())
-
-    def codes() -> np.ndarray:
-        return integer_codes(tensor.codes(), 8, signed=tensor.spec.symmetric, width=8)
-
-    scale = add_constant(_graph(site), f"{name}_scales", tensor.scale[:, 0])
-    return [_add_lazily(_graph(site), f"{name}_codes", _dtype(tensor, 8), shape, codes), scale]
-
-
-def _column_constants(site: Site, tensor: QuantizedTensor, width: int) -> list[ir.Value]:
-    """Constants of a linear site: codes [K, N], scales and zero points [G, N], or [N] for G = 1, where its node is."""
-    graph, name, bits, signed = _graph(site), site.weight.name, tensor.spec.bits, tensor.spec.symmetric
-    scale = tensor.scale.T if _groups(tensor) > 1 else tensor.scale[:, 0]
-
-    def codes() -> np.ndarray:
-        return transpose_packed(tensor.packed, bits, tensor.columns, signed=signed, width=width)
-
-    made = [
-        _add_lazily(graph, f"{name}_codes", _dtype(tensor, width), (tensor.columns, tensor.rows), codes),
-        add_constant(graph, f"{name}_scales", scale),
-    ]
-    if tensor.zero_point is not None:
-        packed = pack_codes(np.ascontiguousarray(tensor.zero_point.T).reshape(-1), width)
-        made.append(_add_lazily(graph, f"{name}_zero_points", _dtype(tensor, width), scale.shape, lambda: packed))
-    return made
-
-
-def _add_lazily(
-    graph: ir.Graph, name: str, dtype: ir.DataType, shape: tuple[int, ...], data: Callable[[], np.ndarray]
-) -> ir.Value:
-    """Register an initializer whose bytes, uint8 and packed, are made by `data` when they are asked for."""
-
-    def evaluate() -> ir.TensorProtocol:
-        if dtype.bitwidth < 8:
-            return ir.PackedTensor(data(), dtype, shape=shape)
-        return ir.Tensor(data().view(dtype.numpy()).reshape(shape))
-
-    tensor = ir.LazyTensor(evaluate, dtype, ir.Shape(shape), name=unique_name(graph, name))
-    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    return add_constant(graph_of(site), f"{site.weight.name}_{name}", np.array(numbers, np.int64))
 
 
 def _as_vector(value: ir.Value, site: Site) -> ir.Value | None:
@@ -316,7 +294,7 @@ def _as_vector(value: ir.Value, site: Site) -> ir.Value | None:
         return value
     if value.const_value is None or shape != (1, site.rows):
         return None
-    return add_constant(_graph(site), f"{value.name}_vector", constant_array(value).reshape(-1))
+    return add_constant(graph_of(site), f"{value.name}_vector", constant_array(value).reshape(-1))
 
 
 def _straighten_added_bias(site: Site) -> None:

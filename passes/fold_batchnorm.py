@@ -5,6 +5,8 @@
 2. A constant Mul, Add, Sub or Div with one value, or one for each channel, behind a Conv or ConvTranspose, as exporters
    write a normalization that they took apart; behind the others only between the layer and a BatchNormalization.
 3. Several of these in a row. A bias is made where there was none; behind a MatMul it is an Add.
+4. A Mul, Add, Sub or Div with one value in front of convolutions that alone read its result; one that shifts, if they
+   have no padding, whose zeros it would not shift.
 
 Left alone, with a record that says why: what is not the only reader of the layer's result, constants of another shape,
 and layers whose weight or bias is computed. A weight that others read too is untied first. The arithmetic is float64,
@@ -18,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
-from qcompiler.graph import constant_array, walk
+from qcompiler.graph import constant_array, constant_scalar, walk
 from qcompiler.lowering import add_constant, make_node
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, quantizes_activations
 from qcompiler.records import SiteRecord
@@ -37,7 +39,7 @@ class FoldBatchnorm(QuantPass):
 
     name = "fold_batchnorm"
     stage = Stage.CANONICALIZE
-    after = ("canonicalize",)
+    after = ("canonicalize", "simplify_activations")
 
     @classmethod
     def applies(cls, config: CompileConfig) -> bool:
@@ -55,6 +57,12 @@ class FoldBatchnorm(QuantPass):
                 if folded:
                     reason = f"{', '.join(folded)} folded into its weight and bias"
                     records.append(SiteRecord(names.get(node, _name(node)), "rewritten", reason=reason))
+        # The last one of several first, which alone has convolutions for readers.
+        for node, _ in reversed(list(walk(model.graph))):
+            if node.graph is not None and (layers := _fold_forward(node)):
+                reason = f"{node.op_type} in front of it folded into its weight and bias"
+                records += [SiteRecord(names.get(layer, _name(layer)), "rewritten", reason=reason) for layer in layers]
+                refused.pop(node, None)
         for node, _ in walk(model.graph):
             if node.domain == "" and node.op_type == "BatchNormalization":
                 refused.setdefault(
@@ -241,6 +249,51 @@ def _bypass(layer: ir.Node, chain: list[ir.Node], output: ir.Value) -> None:
     result.replace_all_uses_with(output, replace_graph_outputs=True)
     graph.remove(chain, safe=True)
     output.name = name
+
+
+def _fold_forward(node: ir.Node) -> list[ir.Node]:
+    """Fold a node that scales and shifts by one value into the convolutions that read it; returns these."""
+    if node.domain != "" or node.op_type not in _ARITHMETIC or node.outputs[0].is_graph_output():
+        return []
+    first = constant_scalar(node.inputs[1], node.inputs[0]) is not None
+    source, other = node.inputs if first else reversed(node.inputs)
+    constant = constant_scalar(other, source)
+    uses = list(node.outputs[0].uses())
+    if source is None or source.const_value is not None or constant is None or not uses:
+        return []
+    if node.op_type == "Div" and (not first or not constant):
+        return []
+    scale = {"Mul": constant, "Div": 1 / constant if constant else 0.0}.get(node.op_type, 1.0)
+    shift = {"Add": constant, "Sub": -constant}.get(node.op_type, 0.0)
+    if node.op_type == "Sub" and not first:
+        scale, shift = -1.0, constant
+    if not all(use.idx == 0 and use.node.graph is node.graph and _takes(use.node, shift) for use in uses):
+        return []
+    for use in uses:
+        layer = use.node
+        weight, bias = layer.inputs[1], layer.inputs[2] if len(layer.inputs) > 2 else None
+        assert weight is not None
+        stored = constant_array(weight).astype(np.float64)
+        total = shift * stored.reshape(len(stored), -1).sum(1)
+        if bias is not None:
+            total += constant_array(bias)
+        dtype = constant_array(weight).dtype
+        _store(layer, 1, (stored * scale).astype(dtype))
+        if shift:
+            _store(layer, 2, total.astype(dtype))
+        layer.replace_input_with(0, source)
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
+    return [use.node for use in uses]
+
+
+def _takes(layer: ir.Node, shift: float) -> bool:
+    """Whether what scales the input of a node by one value, and shifts it, can be folded into its weight and bias."""
+    if layer.op_type != "Conv" or layer.domain != "" or _problem(layer):
+        return False
+    pads = layer.attributes.get("pads")
+    padded = layer.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    return not shift or not (padded or (pads is not None and any(pads.as_ints())))
 
 
 # The same in `equalize`: how layers store channels, and constants that belong to one of them alone.

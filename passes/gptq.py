@@ -263,9 +263,10 @@ class Gptq(SegmentPass):
     def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
         """Quantize a weight ``[N, K]``."""
         threads = self.context.threads
-        if facts is None:
+        if facts is None or spec.fp8:
             grid = clip_grid(weight, spec, threads=threads)
-            return Quantized(quantize(weight, grid, spec, threads), grid)
+            remark = "8-bit floats are rounded to nearest" if spec.fp8 and facts is not None else ""
+            return Quantized(quantize(weight, grid, spec, threads), grid, remark)
         if facts.hessian.ndim == 3:
             return self._quantize_groups(weight, spec, facts.hessian)
         importance = np.diagonal(facts.hessian).astype(np.float32)
@@ -282,19 +283,14 @@ class Gptq(SegmentPass):
             codes, loss = sweep(weight, factor, grid, spec, order, self.options.lazy_block)
             energy = summed.result()
         if self.options.refine:
-            hessian = damped(facts.hessian, damping).astype(np.float32)
-            unit = float(np.trace(hessian)) / len(hessian)
-            hessian /= unit
-            for _ in range(self.options.refine):
-                grid = refit_scales(weight, codes, hessian, grid, spec)
-                codes = descend(weight, codes, hessian, grid, spec, self.options.lazy_block)
-            loss = row_losses(weight - dequantize(codes, grid.scale, grid.zero_point, spec.group_size), hessian) * unit
+            codes, grid, loss = self._refined(weight, codes, damped(facts.hessian, damping), grid, spec)
         remark = "" if damping == self.options.percdamp else f"damping grew to {damping:g}"
         return Quantized(codes, grid, remark, loss, energy)
 
     def _quantize_groups(self, weight: np.ndarray, spec: WeightSpec, hessians: np.ndarray) -> Quantized:
         """Quantize the weight of a convolution of groups."""
-        importance = np.einsum("gkk->gk", hessians).astype(np.float32).repeat(len(weight) // len(hessians), axis=0)
+        rows = len(weight) // len(hessians)
+        importance = np.einsum("gkk->gk", hessians).astype(np.float32).repeat(rows, axis=0)
         grid = clip_grid(weight, spec, importance) if self.options.clip else min_max_grid(weight, spec)
         damping = self.options.percdamp
         while True:
@@ -302,13 +298,40 @@ class Gptq(SegmentPass):
                 codes, loss, energy = sweep_groups(
                     weight, hessians, grid, spec, act_order=self.options.act_order, percdamp=damping
                 )
+                break
             except np.linalg.LinAlgError as error:
-                damping = max(10 * damping, 1e-4)
+                tried, damping = damping, max(10 * damping, 1e-4)
                 if damping > _MAX_DAMPING:
-                    raise _unfactored(damping / 10) from error
-                continue
-            remark = "" if damping == self.options.percdamp else f"damping grew to {damping:g}"
-            return Quantized(codes, grid, remark, loss, energy)
+                    raise _unfactored(tried) from error
+        if self.options.refine:
+            parts = [slice(start, start + rows) for start in range(0, len(weight), rows)]
+            refined = [
+                self._refined(
+                    weight[part],
+                    codes[part],
+                    damped(hessian, damping),
+                    Grid(grid.scale[part], grid.zero_point[part]),
+                    spec,
+                )
+                for part, hessian in zip(parts, hessians, strict=True)
+            ]
+            codes, loss = (np.concatenate([each[index] for each in refined]) for index in (0, 2))
+            grid = Grid(np.concatenate([each.scale for _, each, _ in refined]), grid.zero_point)
+        remark = "" if damping == self.options.percdamp else f"damping grew to {damping:g}"
+        return Quantized(codes, grid, remark, loss, energy)
+
+    def _refined(
+        self, weight: np.ndarray, codes: np.ndarray, hessian: np.ndarray, grid: Grid, spec: WeightSpec
+    ) -> tuple[np.ndarray, Grid, np.ndarray]:
+        """The codes, the grid and the loss of each row after the rounds of scale refit and coordinate descent."""
+        hessian = hessian.astype(np.float32)
+        unit = float(np.trace(hessian)) / len(hessian)
+        hessian /= unit
+        for _ in range(self.options.refine):
+            grid = refit_scales(weight, codes, hessian, grid, spec)
+            codes = descend(weight, codes, hessian, grid, spec, self.options.lazy_block)
+        error = weight - dequantize(codes, grid.scale, grid.zero_point, spec.group_size)
+        return codes, grid, row_losses(error, hessian) * unit
 
     def _factor(self, hessian: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, float]:
         """Factor the damped Hessian in visiting order, with the damping that it took."""

@@ -48,7 +48,8 @@ class InsertDynamic(QuantPass):
                 assert isinstance(graph, ir.Graph)
                 groups.setdefault((site.input, graph, activations.granularity or "token"), []).append(site)
         records = []
-        for (value, graph, granularity), sites in groups.items():
+        for (_, graph, granularity), sites in groups.items():
+            value = sites[0].input  # as it is now: what a site computes is scaled by a node behind it
             if granularity == "tensor":
                 _per_tensor(value, graph, sites)
             else:
@@ -70,7 +71,7 @@ def _per_tensor(value: ir.Value, graph: ir.Graph, sites: list[Site]) -> None:
 
 def _per_token(value: ir.Value, graph: ir.Graph, sites: list[Site], opset: int) -> None:
     origin = sites[0].node
-    dtype = np.float16 if value.dtype == ir.DataType.FLOAT16 else np.float32
+    dtype = np.float16 if sites[0].dtype == ir.DataType.FLOAT16 else np.float32
 
     def node(op_type: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
         made = make_node(graph, op_type, inputs, attributes, origin, InsertDynamic.name)

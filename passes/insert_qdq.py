@@ -11,7 +11,7 @@
 Left float: everything else. A static site inside a control-flow body is refused when schemes are assigned.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
 from qcompiler.errors import CalibrationError, SchemeError
-from qcompiler.graph import constant_array, unique_name
+from qcompiler.graph import Site, constant_array, unique_name
 from qcompiler.lowering import add_constant, make_node
 from qcompiler.numerics.activation import ActivationSpec, activation_grid, quantize_activation
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, quantizes_activations
@@ -76,7 +76,7 @@ class InsertQdq(QuantPass):
         rules = IntegerRules.of(context.config.target, fp8=scheme.fp8)
         placement = place(model.graph, static, self._products(model.graph, scheme), scheme, rules)
         ranges = self._ranges(model, placement)
-        writer = _Writer(model.graph, self.name, placement)
+        writer = _Writer(model.graph, self.name, placement, static)
         records = [writer.quantize(value, ranges[value]) for value in placement.specs]
         records += [writer.quantize_constant(value, scheme, rules) for value in placement.constants]
         return QuantPassResult(model, True, tuple(records))
@@ -132,11 +132,34 @@ def _nodes_within(attribute: ir.Attr) -> Iterator[ir.Node]:
             yield from ir.traversal.RecursiveGraphIterator(body)
 
 
+def _spell_out(graph: ir.Graph, node: ir.Node, dtype: ir.DataType, pass_name: str) -> None:
+    """Make Max and Min of a Relu or a Clip.
+
+    ONNX Runtime 1.31 merges those into the encoder behind them as if its codes were integers: in front of 8-bit floats
+    it drops a Relu, and fails on a Clip.
+    """
+    value, low, high = (*node.inputs, None, None)[:3]
+    if node.op_type == "Relu":
+        low = add_constant(graph, f"{node.outputs[0].name}_floor", np.zeros((), dtype.numpy()))
+    if low is not None and high is not None:
+        above = make_node(graph, "Max", [value, low], {}, node, pass_name)
+        above.outputs[0].type, above.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        graph.insert_before(node, above)
+        value, low = above.outputs[0], None
+    limit = high if low is None else low
+    node.op_type = "Identity" if limit is None else "Min" if low is None else "Max"
+    node.resize_inputs(1 if limit is None else 2)
+    node.replace_input_with(0, value)
+    if limit is not None:
+        node.replace_input_with(1, limit)
+
+
 class _Writer:
     """Inserts the nodes."""
 
-    def __init__(self, graph: ir.Graph, pass_name: str, placement: Placement) -> None:
+    def __init__(self, graph: ir.Graph, pass_name: str, placement: Placement, sites: Iterable[Site]) -> None:
         self.graph, self.pass_name, self.placement = graph, pass_name, placement
+        self.types = {value: site.dtype for site in sites for value in (site.input, site.node.outputs[0])}
         # The control-flow node of this graph in whose bodies a node lies; it may read values from outside of them.
         self.around = {
             child: node
@@ -152,10 +175,12 @@ class _Writer:
         forced = value in self.placement.forced
         if forced:
             readers = [(use.node, use.idx) for use in value.uses()]
-        scale, zero = activation_grid(found.low, found.high, spec)
         name = value.name or "activation"
-        parameters = self._parameters(name, scale, zero, spec, value.dtype)
+        anchor = self.placement.anchors.get(value, 0.0)
+        scale, zero, parameters = self._parameters(name, found.low, found.high, spec, self._type(value), anchor)
         producer = value.producer()
+        if spec.fp8 and producer is not None and producer.op_type in ("Relu", "Clip") and not producer.domain:
+            _spell_out(self.graph, producer, self._type(value), self.pass_name)
         origin = producer if producer is not None else readers[0][0]
         encode = make_node(self.graph, "QuantizeLinear", [value, *parameters], {}, origin, self.pass_name)
         encode.outputs[0].dtype = ir.DataType.from_numpy(spec.dtype)
@@ -176,24 +201,31 @@ class _Writer:
         array = constant_array(value).astype(np.float32)
         low, high = float(array.min(initial=0)), float(array.max(initial=0))
         spec = scheme.spec(signed=rules.signed)
-        scale, zero = activation_grid(low, high, spec)
         name = value.name or "constant"
-        parameters = self._parameters(name, scale, zero, spec, value.dtype)
+        scale, zero, parameters = self._parameters(name, low, high, spec, self._type(value))
         codes = add_constant(self.graph, f"{name}_codes", quantize_activation(array, scale, zero, spec))
         for node, index in self.placement.constants[value]:
             self._decode(codes, parameters, value, node, index)
         figures = {"low": low, "high": high, "scale": scale, "zero_point": float(zero)}
         return SiteRecord(name, "activation", str(spec), "constant", figures)
 
+    def _type(self, value: ir.Value) -> ir.DataType:
+        """The value's type; where the model does not say, that of the site it belongs to, or of any."""
+        if value.const_value is not None:
+            return value.const_value.dtype
+        return value.dtype or self.types.get(value) or next(iter(self.types.values()))
+
     def _parameters(
-        self, name: str, scale: float, zero: int, spec: ActivationSpec, dtype: ir.DataType | None
-    ) -> list[ir.Value]:
-        """Scale and zero point of rank 0."""
-        kind = np.float16 if dtype == ir.DataType.FLOAT16 else np.float32
-        return [
+        self, name: str, low: float, high: float, spec: ActivationSpec, dtype: ir.DataType, anchor: float = 0.0
+    ) -> tuple[float, int, list[ir.Value]]:
+        """Scale, zero point, and the constants of rank 0 that hold them."""
+        kind = "float16" if dtype == ir.DataType.FLOAT16 else "float32"
+        scale, zero = activation_grid(low, high, spec, kind, anchor)
+        constants = [
             add_constant(self.graph, f"{name}_scale", np.asarray(scale, kind)),
             add_constant(self.graph, f"{name}_zero_point", np.asarray(zero, spec.dtype)),
         ]
+        return scale, zero, constants
 
     def _decode(
         self, codes: ir.Value, parameters: list[ir.Value], value: ir.Value, reader: ir.Node, index: int

@@ -32,6 +32,7 @@ from qcompiler.foldings import Folding, find_foldings
 from qcompiler.graph import Site, input_feature_axis, read_weight
 from qcompiler.numerics.activation import activation_grid, fake_quantize
 from qcompiler.numerics.affine import WeightSpec, dequantize, min_max_grid, quantize
+from qcompiler.numerics.formats import float8_values
 from qcompiler.observing import Collector, observe
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, site_scheme, site_spec
 from qcompiler.records import SiteRecord
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _EPSILON = 1e-5
 _STEPS = 20  # of alpha, in the search
+_WORTH = 0.5  # of the error that may be left where a multiplication is inserted
 # Bytes of sampled activations held at a time, where no limit is given.
 _SAMPLE_BYTES = 1 << 30
 
@@ -54,7 +56,10 @@ class Options:
 
     alpha: float = field(default=0.7, metadata={"help": "share of the difficulty that moves to the weights, 0 to 1"})
     search: bool = field(default=False, metadata={"help": "choose alpha for each activation by the error it leaves"})
-    insert: bool = field(default=False, metadata={"help": "insert a multiplication where nothing absorbs the factors"})
+    insert: str = field(
+        default="worth",
+        metadata={"help": "multiply where nothing absorbs the factors: never, always, or worth: it halves the error"},
+    )
     caches: bool = field(default=False, metadata={"help": "let the values that a model caches between runs be scaled"})
     rows: int = field(default=512, metadata={"help": "rows of an activation that the search looks at"})
 
@@ -62,6 +67,8 @@ class Options:
         """Refuse what means nothing."""
         if not 0 <= self.alpha <= 1:
             raise SchemeError(f"pass smoothquant: alpha={self.alpha:g} is not between 0 and 1")
+        if self.insert not in ("never", "worth", "always"):
+            raise SchemeError(f"pass smoothquant: insert={self.insert} is unknown; choose never, worth or always")
         if self.rows < 1:
             raise SchemeError(f"pass smoothquant: rows={self.rows} leaves nothing to look at")
 
@@ -94,8 +101,9 @@ class SmoothQuant(QuantPass):
        does, those of all sites that have a scheme.
     2. Factors are folded into a normalization, a linear layer or another constant before the activation. Query heads
        that share a value head share their factors.
-    3. Where folding would change what the model computes, the sites are recorded as skipped with the reason, or with
-       `insert` a multiplication is put in front of them.
+    3. Where folding would change what the model computes, a multiplication is put in front of the sites, if `insert`
+       allows it and the error of the quantized products on a sample of rows at least halves; otherwise they are
+       recorded as skipped with the reason.
     4. With `search`, alpha is what leaves the least error of the quantized products on a sample of rows; leaving the
        activation alone is among the choices.
     """
@@ -127,7 +135,7 @@ class SmoothQuant(QuantPass):
         nested = next((site.nested for site in folding.sites if site.nested), "")
         if nested:
             return f"inside the body of {nested}, whose activations are not measured"
-        return folding.stuck or ("" if folding.legal or self.options.insert else folding.reason)
+        return folding.stuck or ("" if folding.legal or self.options.insert != "never" else folding.reason)
 
     def _skipped(self, folding: Folding) -> SiteRecord:
         return SiteRecord(folding.sites[0].name, "skipped", reason=f"not smoothed: {self._problem(folding)}")
@@ -139,7 +147,7 @@ class SmoothQuant(QuantPass):
         group: list[Folding] = []
         used = 0
         for folding in foldings:
-            needed = 2 * 4 * self.options.rows * folding.channels if self.options.search else 0
+            needed = 2 * 4 * self.options.rows * folding.channels if self._tries(folding) else 0
             if group and used + needed > room:
                 yield group
                 group, used = [], 0
@@ -148,13 +156,17 @@ class SmoothQuant(QuantPass):
         if group:
             yield group
 
+    def _tries(self, folding: Folding) -> bool:
+        """Whether products are compared on sampled rows."""
+        return self.options.search or (not folding.legal and self.options.insert == "worth")
+
     def _measure(self, model: ir.Model, foldings: Sequence[Folding]) -> dict[Folding, _Measured]:
         """Run the model, which computes the same however many of its activations are rescaled already."""
         found = {}
         collectors: dict[ir.Value, Sequence[Collector]] = {}
         for folding in foldings:
             axis = input_feature_axis(folding.sites[0])
-            rows = RowSample(self.options.rows, axis) if self.options.search else None
+            rows = RowSample(self.options.rows, axis) if self._tries(folding) else None
             known = found[folding] = _Measured(ChannelRange(axis), rows)
             collectors[folding.value] = [known.range] if known.rows is None else [known.range, known.rows]
         observe(
@@ -183,7 +195,7 @@ class SmoothQuant(QuantPass):
         else:
             alpha, s, metrics = self._searched(folding, weights, measured, largest)
         if alpha is None:
-            remarks.append("no alpha lessens the error")
+            remarks.append("no alpha lessens the error" if folding.legal else f"not smoothed: {folding.reason}")
         else:
             metrics["alpha"] = alpha
             s = folding.apply(s) if folding.legal else folding.insert(s, self.name)
@@ -205,11 +217,11 @@ class SmoothQuant(QuantPass):
                 trial.add(weight, site_spec(site, self.context.config), scheme.activations)
         best, factors = None, np.ones(folding.channels)
         plain = least = trial.error(factors, self.context.threads)
-        for step in range(_STEPS + 1):
-            alpha = step / _STEPS
+        bar = _WORTH * plain if not folding.legal and self.options.insert == "worth" else plain
+        for alpha in [step / _STEPS for step in range(_STEPS + 1)] if self.options.search else [self.options.alpha]:
             tried = folding.tie(smoothing_factors(measured.range.absmax, largest, alpha))
             error = trial.error(tried, self.context.threads)
-            if error < least:
+            if error < min(least, bar):
                 best, factors, least = alpha, tried, error
         return best, factors, {"relative_error_before": plain, "relative_error": least}
 
@@ -242,7 +254,8 @@ class _Trial:
             scaled = weight * s
             grid = min_max_grid(scaled, spec, threads)
             codes = quantize(scaled, grid, spec, threads)
-            decoded = dequantize(codes, grid.scale, grid.zero_point, spec.group_size)
+            numbers = float8_values(codes) if spec.fp8 else codes
+            decoded = dequantize(numbers, grid.scale, grid.zero_point, spec.group_size)
             error += _energy(self._quantized(s, activations, threads) @ decoded.T - wanted)
         return error / self._energy if self._energy else 0.0
 

@@ -3,13 +3,41 @@
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from qcompiler.calibration_inputs import fitted
 from qcompiler.errors import KernelError
 from qcompiler.session import Feeds, OrtRunner
 
-__all__ = ["Latency", "bench"]
+__all__ = ["BenchResult", "Latency", "bench"]
+
+# Rounds that are timed whatever they take.
+_FEWEST = 3
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """How fast a compiled model is beside the float model it was made of.
+
+    Attributes:
+        data: What was run, in words.
+        inputs: Shapes of the inputs.
+        float_ms: Median time of the float model, in milliseconds.
+        compiled_ms: Median time of the compiled model.
+        ratio: Median over the rounds of the compiled model's time to the float model's in the same round.
+        ratio_low: Lower quartile of that ratio.
+        ratio_high: Upper quartile.
+    """
+
+    data: str
+    inputs: dict[str, list[int]]
+    float_ms: float
+    compiled_ms: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
 
 
 class Latency(NamedTuple):
@@ -36,6 +64,7 @@ def bench(
     warmup: int = 2,
     provider: str = "CPUExecutionProvider",
     threads: int = 0,
+    seconds: float | None = None,
 ) -> list[Latency]:
     """Time models on the same inputs.
 
@@ -49,6 +78,7 @@ def bench(
         warmup: Rounds before them.
         provider: Execution provider.
         threads: Threads; 0 takes all cores.
+        seconds: No further round begins after this time, once three are timed; None is unlimited.
 
     Returns:
         One entry a model, in order.
@@ -63,9 +93,13 @@ def bench(
         if missing:
             name = model.name if isinstance(model, Path) else "a model"
             raise KernelError(f"{name} needs the input '{missing[0]}', which the first model does not have")
-        inputs.append({spec.name: feeds[spec.name] for spec in runner.inputs})
+        fed = fitted(feeds, runner.inputs)
+        inputs.append({spec.name: fed[spec.name] for spec in runner.inputs})
     taken: list[list[float]] = [[] for _ in runners]
+    began = time.perf_counter()
     for turn in range(warmup + repeat):
+        if seconds is not None and turn >= warmup + _FEWEST and time.perf_counter() - began > seconds:
+            break
         for place in range(len(runners)):
             which = (place + turn) % len(runners)
             started = time.perf_counter()

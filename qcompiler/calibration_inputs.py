@@ -18,7 +18,7 @@ from qcompiler.errors import CalibrationError
 from qcompiler.numerics.affine import storage_dtype
 from qcompiler.session import Feeds, InputSpec
 
-__all__ = ["ID_NAMES", "MASK_NAMES", "ModelInputs", "numpy_dtype", "row_mask"]
+__all__ = ["ID_NAMES", "MASK_NAMES", "ModelInputs", "fitted", "numpy_dtype", "row_mask"]
 
 ID_NAMES = ("input_ids", "input", "inputs", "tokens", "token_ids", "ids")
 MASK_NAMES = ("attention_mask", "input_mask", "mask")
@@ -227,6 +227,37 @@ def row_mask(feeds: Mapping[str, np.ndarray]) -> np.ndarray | None:
     ids = next((named[name] for name in ID_NAMES if name in named), mask)
     keep = np.asarray(mask[:, -ids.shape[1] :] == 1)
     return None if keep.all() or not keep.any() else keep
+
+
+def fitted(feeds: Feeds, inputs: Sequence[InputSpec]) -> Feeds:
+    """Feeds of one form of a model as another form takes them.
+
+    Args:
+        feeds: What the one is fed.
+        inputs: The inputs of the other, which may be floats of another width, or a cache in another format.
+
+    Returns:
+        Floats are converted; what is empty, a cache before the first token, takes dtype and static sizes of the input.
+
+    Raises:
+        CalibrationError: A cache in use.
+    """
+    fed = dict(feeds)
+    for spec in inputs:
+        array = feeds.get(spec.name)
+        if array is None or spec.dtype == array.dtype.name:
+            continue
+        if not array.size:
+            sizes = [w if isinstance(w, int) else size for w, size in zip(spec.shape, array.shape, strict=True)]
+            fed[spec.name] = np.zeros(sizes, numpy_dtype(spec))
+        elif _family(array.dtype.name) == _family(spec.dtype) == "float":
+            fed[spec.name] = array.astype(numpy_dtype(spec))
+        elif _role(spec) == "cache":
+            raise CalibrationError(
+                f"input '{spec.name}' is a cache of {spec.dtype} in one model and of {array.dtype.name} in the other; "
+                "give rows whose cache is empty"
+            )
+    return fed
 
 
 def numpy_dtype(spec: InputSpec) -> np.dtype:

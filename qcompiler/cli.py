@@ -88,6 +88,13 @@ _compile_options = _options(
     click.option(
         "--reduce-range", is_flag=True, help="7-bit weights under 8-bit activations, for x86 processors without VNNI."
     ),
+    click.option(
+        "--kv-cache",
+        default="float",
+        show_default=True,
+        help="What a decoder's key-value cache becomes: float, kv8 (int8) or kv4 (int4).",
+    ),
+    click.option("--float16", is_flag=True, help="Make float16 of what stays float; inputs and outputs stay float32."),
     click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json for text calibration data."),
     click.option(
         "--samples", type=int, help="Rows of calibration data to use, evenly spaced; N/8 others verify. Default: all."
@@ -165,6 +172,15 @@ _compile_options = _options(
     ),
     click.option("--min-sqnr", type=float, help="Exit with code 3 if an output's SQNR in dB is below this."),
     click.option("--max-kl", type=float, help="Exit with code 3 if the KL divergence of the logits is above this."),
+    click.option("--bench", is_flag=True, help="Time the output and the float model in turns."),
+    click.option(
+        "--exclude-worst",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Compile twice: the second time without the N sites that added the most noise.",
+    ),
     click.option("--require-quantized", is_flag=True, help="Fail if there is nothing to quantize."),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the model after each pass here."),
@@ -291,14 +307,24 @@ def inspect_command(model: Path, sites: bool, verbose: int, quiet: bool) -> None
 @click.option("--calibration", type=click.Path(path_type=Path), help="Data to compare on; random inputs without it.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json for text data.")
 @click.option("--samples", type=_COUNT, default=8, show_default=True, help="Rows to run, evenly spaced over the data.")
+@click.option(
+    "--layers", is_flag=True, help="Compare layer by layer: the noise that each adds; -v lists float ones too."
+)
+@click.option("--worst", type=_COUNT, default=5, show_default=True, help="With --layers: worst layers to name.")
 @_verbosity
-def compare_command(reference: Path, model: Path, verbose: int, quiet: bool, **options: Any) -> None:
+def compare_command(
+    reference: Path, model: Path, layers: bool, worst: int, verbose: int, quiet: bool, **options: Any
+) -> None:
     """Compare the outputs of MODEL with those of REFERENCE."""
     from qcompiler import cli_output
-    from qcompiler.measuring import compare_models
+    from qcompiler.measuring import compare_layers, compare_models
 
     cli_output.set_up_logging(verbose, quiet)
-    cli_output.print_verification(compare_models(reference, model, **options))
+    if layers:
+        found = compare_layers(reference, model, **options)
+        cli_output.print_propagation(found, worst=worst, every_layer=verbose > 0)
+    else:
+        cli_output.print_verification(compare_models(reference, model, **options))
 
 
 @main.command("bench", cls=_Command)

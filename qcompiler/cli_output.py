@@ -15,6 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from qcompiler.driver import CompileResult
     from qcompiler.planning import Inspection, Plan
+    from qcompiler.propagation import Propagation
     from qcompiler.verify import Verification
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "print_inspection",
     "print_passes",
     "print_plan",
+    "print_propagation",
     "print_report",
     "print_schemes",
     "print_verification",
@@ -114,6 +116,13 @@ def print_verification(verification: "Verification") -> None:
     from qcompiler.report import verification_table
 
     verification_table(verification, _console())
+
+
+def print_propagation(found: "Propagation", *, worst: int, every_layer: bool) -> None:
+    """How noise grows from layer to layer."""
+    from qcompiler.report_layers import print_layers
+
+    print_layers(found, _console(), worst=worst, every_layer=every_layer)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

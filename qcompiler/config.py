@@ -10,10 +10,11 @@ import numpy as np
 from qcompiler.errors import SchemeError
 from qcompiler.scheme import Scheme, SchemePlan
 
-__all__ = ["CALIBRATORS", "FORMATS_OUT", "TARGETS", "CompileConfig"]
+__all__ = ["CALIBRATORS", "FORMATS_OUT", "KV_CACHES", "TARGETS", "CompileConfig"]
 
 TARGETS = ("cpu", "cuda", "tensorrt", "portable")
 FORMATS_OUT = ("matmulnbits", "qdq")
+KV_CACHES = ("float", "kv8", "kv4")
 CALIBRATORS = ("auto", "minmax", "average", "percentile", "mse", "entropy")
 
 
@@ -38,12 +39,16 @@ class CompileConfig:
         threads: Threads of ONNX Runtime and numpy; 0 takes all cores.
         calibrator: How ranges of activations are chosen: a name from `CALIBRATORS`.
         reduce_range: Use 7 of the 8 bits of weights that meet 8-bit activations, for x86 processors without VNNI.
+        kv_cache: What the key-value cache of a decoder becomes: a name from `KV_CACHES`.
+        float16: Whether what stays float becomes float16.
         seed: Seeds everything random.
         max_memory: Bytes of anonymous memory past which activations and codes are spilled to disk; None is unlimited.
         verify: Whether the output is compared with the float model.
         verify_providers: Providers the output is run on.
         min_sqnr_db: Accuracy floor on the outputs' SQNR.
         max_kl: Accuracy ceiling on the KL divergence of logits.
+        bench: Whether the output is timed against the float model.
+        exclude_worst: Compile a second time with this many sites left float: those that added the most noise.
         require_quantized: Make a model without a quantized site an error.
         force: Overwrite an existing output.
         dump_dir: Write the model after each pass here.
@@ -65,12 +70,16 @@ class CompileConfig:
     threads: int = 0
     calibrator: str = "auto"
     reduce_range: bool = False
+    kv_cache: str = "float"
+    float16: bool = False
     seed: int = 0
     max_memory: int | None = None
     verify: bool = True
     verify_providers: tuple[str, ...] = ("CPUExecutionProvider",)
     min_sqnr_db: float | None = None
     max_kl: float | None = None
+    bench: bool = False
+    exclude_worst: int = 0
     require_quantized: bool = False
     force: bool = False
     dump_dir: Path | None = None
@@ -81,6 +90,7 @@ class CompileConfig:
             (self.target, TARGETS, "--target"),
             (self.output_format, FORMATS_OUT, "--format"),
             (self.calibrator, CALIBRATORS, "--calibrator"),
+            (self.kv_cache, KV_CACHES, "--kv-cache"),
         ):
             if value not in known:
                 raise SchemeError(f"{option} {value} is unknown; choose one of {', '.join(known)}")
@@ -88,6 +98,8 @@ class CompileConfig:
             raise SchemeError(f"--samples {self.samples} leaves nothing to calibrate on; give at least 1")
         if self.threads < 0:
             raise SchemeError(f"--threads {self.threads} is less than none; give 0 for all cores")
+        if self.exclude_worst < 0:
+            raise SchemeError(f"--exclude-worst {self.exclude_worst} is less than none; give 0 to leave no site out")
         if not self.verify and (self.min_sqnr_db is not None or self.max_kl is not None):
             raise SchemeError("--min-sqnr and --max-kl are checked by the verification; drop them or --no-verify")
         if self.accuracy_level is not None and not 0 <= self.accuracy_level <= 4:
@@ -115,6 +127,8 @@ class CompileConfig:
             "sequential": self.sequential,
             "calibrator": self.calibrator,
             "reduce_range": self.reduce_range,
+            "kv_cache": self.kv_cache,
+            "float16": self.float16,
             "threads": self.threads,
             "seed": self.seed,
         }

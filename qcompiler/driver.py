@@ -3,7 +3,7 @@
 import logging
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from qcompiler.files import saver
 from qcompiler.files.loader import load_model, resolve_model_path, source_of
 from qcompiler.files.transaction import OutputTransaction, check_output
 from qcompiler.instruments import Dump, Instrument, Legality, MemoryMeter, stored_bytes
-from qcompiler.measuring import verify_output
+from qcompiler.measuring import bench_output, verify_output, worst_sites
 from qcompiler.pass_manager import PassManager
 from qcompiler.passes.base import PassContext
-from qcompiler.report import CompileReport
-from qcompiler.scheme import Scheme
+from qcompiler.report import CompileReport, Excluded
+from qcompiler.scheme import Pattern, Scheme
 from qcompiler.session import cpu_threads, single_threaded_blas
 
 __all__ = ["CompileResult", "compile_model"]
@@ -86,32 +86,64 @@ def compile_model(
         model = load_model(source)
         place = _Place.of(source, Path(output) if output is not None else Path(temporary) / "model.onnx")
         place.check(model, force=config.force)
+        config, excluded = _without_worst(source, config, pipeline_text)
         before = stored_bytes(model)
         data = calibration_data(model, config)
-        config = replace(config, algorithms=config.algorithms or (("gptq",) if data else ("rtn",)))
+        config = replace(
+            config, algorithms=config.algorithms or pipeline.default_algorithms(config, calibrated=data is not None)
+        )
         context = PassContext(config, cpu_threads(config.threads), data, config.progress)
         manager = PassManager(pipeline.build(config, context, text=pipeline_text), _instruments(config))
         reports = manager.run(model, meter)
         report = CompileReport(config, _source_name(source), reports, data, before, stored_bytes(model))
-        if report.quantized_sites:
+        report.excluded = excluded
+        if report.changed:
             model.metadata_props.update(report.metadata())
         else:
             _nothing_quantized(report, config)
         with OutputTransaction(place.folder, force=config.force, protect=saver.input_files(model)) as transaction:
-            if report.quantized_sites:
+            if report.changed:
                 place.write(model, transaction)
             else:
                 place.copy(source, transaction)
             sizes = saver.file_bytes(transaction.seal())
-            if config.verify and report.quantized_sites:
-                reference = _reference(source)
-                report.verification = verify_output(reference, model, transaction.staged(place.model), config, data)
+            _measure(report, _reference(source), model, transaction.staged(place.model))
             report.finish(time.perf_counter() - started, meter.peak_bytes, sizes)
             transaction.create(place.report).write(report.to_json().encode())
             files = transaction.commit() if output is not None else []
-    verification = report.verification
-    failures = verification.floor_failures(config.min_sqnr_db, config.max_kl) if verification else []
-    return CompileResult(model, report, tuple(files), tuple(failures))
+    return CompileResult(model, report, tuple(files), tuple(report.below_floor()))
+
+
+def _measure(report: CompileReport, reference: bytes | Path, model: ir.Model, output: Path) -> None:
+    """Put into the report how close the output is, and how fast."""
+    config, data = report.config, report.calibration
+    if not report.changed:
+        return
+    if config.verify:
+        report.verification = verify_output(reference, model, output, config, data)
+    if config.bench:
+        report.bench = bench_output(reference, model, output, config, data)
+
+
+def _without_worst(
+    source: str | Path | onnx.ModelProto, config: CompileConfig, pipeline_text: str | None
+) -> tuple[CompileConfig, tuple[Excluded, ...]]:
+    """Compile once if asked to; the configuration without the sites that added the most noise, and what these are."""
+    if not config.exclude_worst:
+        return config, ()
+    if config.calibration is not None and not isinstance(config.calibration, str | Path | Sequence):
+        config = replace(config, calibration=list(config.calibration))  # it is read several times
+    trial = replace(config, exclude_worst=0, verify=False, min_sqnr_db=None, max_kl=None, bench=False, dump_dir=None)
+    first = compile_model(source, config=trial, pipeline_text=pipeline_text)
+    sites = {row.site for row in first.report.sites if row.action == "quantized"}
+    if not sites:
+        return config, ()
+    found = worst_sites(load_model(source), first.model, config, config.exclude_worst, sites)
+    if not found:
+        logger.warning("no site adds noise that could be measured; none is left out")
+    ignore = (*config.plan.ignore, *(Pattern(layer.name) for layer in found))
+    excluded = tuple(Excluded(layer.name, layer.before_db, layer.after_db, layer.added) for layer in found)
+    return replace(config, plan=replace(config.plan, ignore=ignore)), excluded
 
 
 def _source_name(source: str | Path | onnx.ModelProto) -> str:

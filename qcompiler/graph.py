@@ -23,6 +23,7 @@ __all__ = [
     "Site",
     "collect_names",
     "constant_array",
+    "constant_scalar",
     "input_feature_axis",
     "read_weight",
     "unique_name",
@@ -107,6 +108,20 @@ def constant_array(value: ir.Value) -> np.ndarray:
     """The constant's array as stored; what lies on disk is mapped, not read (see `files.mapped_tensor`)."""
     assert value.const_value is not None
     return np.asarray(value.const_value.numpy())
+
+
+def constant_scalar(value: ir.Value | None, other: ir.Value | None = None) -> float | None:
+    """The one value of a floating-point initializer that leaves the shape of `other` alone; None if it is none."""
+    if value is None or value.const_value is None or not value.is_initializer():
+        return None
+    tensor = value.const_value
+    if tensor.size != 1 or not tensor.dtype.is_floating_point():
+        return None
+    rank = tensor.shape.rank()
+    known = other.shape if other is not None else None
+    if rank > (1 if known is None else known.rank()):
+        return None
+    return float(np.asarray(tensor.numpy()).reshape(()))
 
 
 def read_weight(site: Site) -> np.ndarray:

@@ -20,7 +20,7 @@ from qcompiler.segments import Segment, read_values, segment_model
 from qcompiler.session import Feeds, OrtRunner
 from qcompiler.streaming import in_flight
 
-__all__ = ["Collector", "observe", "token_rows"]
+__all__ = ["Chunks", "Collector", "observe", "token_rows"]
 
 # Watched values in a chunk: few enough to be held together, many enough to keep sessions few.
 _WATCHED = 12
@@ -81,7 +81,7 @@ def observe(
     watched = {value.name or "": list(found) for value, found in collectors.items()}
     if not watched or not len(batches):
         return
-    chunks = _Chunks(model, list(collectors), provider)
+    chunks = Chunks(model, list(collectors), provider)
 
     def reduce(index: int) -> list[tuple[Collector, Any]]:
         mask, parts = row_mask(batches[index]), []
@@ -101,10 +101,11 @@ def observe(
                 tick(done + 1, len(batches))
 
 
-class _Chunks:
-    """A model in pieces, with a session for each from the first batch on."""
+class Chunks:
+    """A model in pieces, with a session for each from the first batch on, which therefore has to run alone."""
 
     def __init__(self, model: ir.Model, wanted: list[ir.Value], provider: str) -> None:
+        """Cut what the wanted values of the top graph depend on; the model, in topological order, is not changed."""
         self._model, self._provider = model, provider
         self._names = {value.name or "" for value in wanted}
         self._chunks = _plan(model, wanted)

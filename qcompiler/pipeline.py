@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from qcompiler import passes
 from qcompiler.config import CompileConfig
 from qcompiler.errors import SchemeError
-from qcompiler.passes.base import PassContext, QuantPass, Stage
+from qcompiler.passes.base import PassContext, QuantPass, Stage, quantizes_activations
 
-__all__ = ["build", "parse", "pass_names"]
+__all__ = ["build", "default_algorithms", "parse", "pass_names"]
 
 Step = tuple[str, dict[str, str]]
 _STEP = re.compile(r"\s*([a-z_][a-z0-9_]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
@@ -55,6 +55,16 @@ def order(steps: Sequence[Step]) -> list[Step]:
     return placed
 
 
+def default_algorithms(config: CompileConfig, *, calibrated: bool) -> tuple[str, ...]:
+    """The algorithms where the user names none."""
+    if not calibrated:
+        return ("rtn",)
+    if not quantizes_activations(config):
+        return ("gptq",)
+    static = ("smooth_conv",) if quantizes_activations(config, dynamic=False) else ()
+    return ("smoothquant", *static, "gptq", "correct_bias")
+
+
 def build(config: CompileConfig, context: PassContext, *, text: str | None = None) -> list[QuantPass]:
     """The passes of a compilation.
 
@@ -76,5 +86,8 @@ def build(config: CompileConfig, context: PassContext, *, text: str | None = Non
         if passes.load(name).stage not in (Stage.TRANSFORM, Stage.QUANTIZE):
             known = [n for n in passes.names() if passes.load(n).stage in (Stage.TRANSFORM, Stage.QUANTIZE)]
             raise SchemeError(f"'{name}' is not an algorithm; known algorithms: {', '.join(known)}")
-    always: list[Step] = [(name, {}) for name in passes.names() if passes.load(name).applies(config)]
+    named = {name for name, _ in algorithms}  # a pass that runs anyway can be named to give it options
+    always: list[Step] = [
+        (name, {}) for name in passes.names() if name not in named and passes.load(name).applies(config)
+    ]
     return [passes.load(name)(context, options) for name, options in order([*always, *algorithms])]

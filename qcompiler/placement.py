@@ -6,7 +6,10 @@ have to be decoded before it and encoded again behind it is integer itself, if t
 
 * ONNX Runtime's convolution becomes an integer kernel only when its result is quantized too. A Relu or Clip behind it
   is absorbed by that quantization, so the range is measured behind the Relu.
-* A product that keeps its result float saves a rounding; its result is quantized only for integer readers.
+* A product that keeps its result float saves a rounding; its result is quantized only for integer readers. Where floats
+  are read of it too, these are decoded: there is no integer kernel that gives both.
+* Scaling and shifting by one value costs nothing where the quantization behind it can absorb it (see `absorb_scales`),
+  if the shift is a whole number of its steps. So is clipping to a hard sigmoid on codes. Both are noted as anchors.
 * Operators that only move values (pooling by maximum, reshaping, concatenation) run on codes as they are, so that what
   goes in and what comes out has to share one scale.
 * Softmax, normalization and Gelu stay float: the integer forms are slower or do not exist.
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from qcompiler.absorbing import anchor_of, behind_scalars, swallowed
 from qcompiler.graph import Site
 from qcompiler.numerics.activation import ActivationSpec
 from qcompiler.scheme import Activations
@@ -38,6 +42,7 @@ class Placement:
         forced: Values that everybody, the caller included, gets decoded from their codes.
         shared: Groups of values with one scale.
         constants: Float constants that integer nodes read, with their readers.
+        anchors: Numbers that the scale of a value should divide, so that they are codes as zero is.
     """
 
     specs: dict[ir.Value, ActivationSpec] = field(default_factory=dict)
@@ -45,6 +50,7 @@ class Placement:
     forced: set[ir.Value] = field(default_factory=set)
     shared: list[list[ir.Value]] = field(default_factory=list)
     constants: dict[ir.Value, list[tuple[ir.Node, int]]] = field(default_factory=dict)
+    anchors: dict[ir.Value, float] = field(default_factory=dict)
 
 
 def place(
@@ -59,7 +65,8 @@ def place(
         scheme: The resolved activation scheme.
         rules: What the target's kernels are like.
     """
-    seeds = {site.node for site in sites} | set(products)
+    seeds: dict[ir.Node, tuple[int, ...]] = {node: (0, 1) for node in products}
+    seeds.update((site.node, (0,)) for site in sites)
     integer = _integer_nodes(graph, seeds, rules)
     placement = Placement()
     for node in graph:
@@ -69,13 +76,30 @@ def place(
             target = placement.readers if value.const_value is None else placement.constants
             target.setdefault(value, []).append((node, index))
         if rules.result_is_quantized(node):
-            placement.forced.add(_result(node))
+            placement.forced.add(_result(node, rules))
+    placement.forced.update(_read_both_ways(placement, seeds, rules))
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         if value in placement.readers or value in placement.forced:
             placement.readers.setdefault(value, [])
             placement.specs[value] = _spec(value, placement, scheme, rules)
     placement.shared = _shared(integer, placement, rules)
+    for members in placement.shared:
+        _unify(members, placement, scheme, rules)
+    moved = {value for members in placement.shared for value in members}
+    for value, spec in placement.specs.items():
+        anchor = anchor_of(value, placement.readers[value]) if rules.followers and value not in moved else 0.0
+        if anchor and not spec.symmetric:
+            placement.anchors[value] = anchor
     return placement
+
+
+def _read_both_ways(placement: Placement, seeds: Iterable[ir.Node], rules: IntegerRules) -> Iterator[ir.Value]:
+    """Results of products that codes and floats are read of."""
+    for node in seeds if rules.results else ():
+        result = node.outputs[0]
+        count = len(placement.readers.get(result, ()))
+        if count and (count < len(result.uses()) or result.is_graph_output()):
+            yield result
 
 
 def _spec(value: ir.Value, placement: Placement, scheme: Activations, rules: IntegerRules) -> ActivationSpec:
@@ -87,6 +111,14 @@ def _spec(value: ir.Value, placement: Placement, scheme: Activations, rules: Int
     if _starts_at_zero(value) and not rules.signed and not scheme.fp8:
         return ActivationSpec(scheme.bits)  # a zero point at the end of the range lets the kernel absorb the Relu
     return scheme.spec(signed=rules.signed)
+
+
+def _unify(members: list[ir.Value], placement: Placement, scheme: Activations, rules: IntegerRules) -> None:
+    """Give values that share a scale one format, where one begins at zero that one's."""
+    formats = dict.fromkeys(placement.specs[value] for value in members)
+    if len(formats) > 1:
+        first = next((placement.specs[value] for value in members if _starts_at_zero(value)), None)
+        placement.specs.update(dict.fromkeys(members, first or scheme.spec(signed=rules.signed)))
 
 
 def _starts_at_zero(value: ir.Value) -> bool:
@@ -101,10 +133,15 @@ def _activations(node: ir.Node, indices: tuple[int, ...]) -> Iterator[tuple[int,
             yield index, value
 
 
-def _result(node: ir.Node) -> ir.Value:
-    """What comes out of a node once the Relu or Clip behind it is absorbed."""
+def _result(node: ir.Node, rules: IntegerRules) -> ir.Value:
+    """What comes out of a node once the Relu or Clip, or the scalars, behind it are absorbed.
+
+    What only moves values absorbs nothing.
+    """
     output = node.outputs[0]
-    while not output.is_graph_output():
+    if rules.followers and not rules.moves(node) and (scaled := behind_scalars(output)) is not output:
+        return scaled
+    while not output.is_graph_output() and not rules.moves(node):
         uses = list(output.uses())
         if (
             len(uses) != 1
@@ -128,13 +165,15 @@ def _clips_at_zero(node: ir.Node) -> bool:
     return low is not None and low.const_value is not None and not low.const_value.numpy().any()
 
 
-def _integer_nodes(graph: ir.Graph, seeds: set[ir.Node], rules: IntegerRules) -> dict[ir.Node, tuple[int, ...]]:
-    """Every integer node with the inputs that are codes: sites, products, and what lies between them."""
+def _integer_nodes(
+    graph: ir.Graph, seeds: dict[ir.Node, tuple[int, ...]], rules: IntegerRules
+) -> dict[ir.Node, tuple[int, ...]]:
+    """Every integer node with the inputs that are codes: the seeds, and what lies between them."""
     chosen: dict[ir.Node, tuple[int, ...]] = {}
     for node in graph:
-        follows = rules.follows(node)
+        follows = rules.follows(node) if swallowed(node) is None else None
         if node in seeds:
-            chosen[node] = (0, 1) if node.op_type == "MatMul" and _is_product(node) else (0,)
+            chosen[node] = seeds[node]
         elif follows is not None:
             chosen[node] = follows
     while True:
@@ -145,49 +184,44 @@ def _integer_nodes(graph: ir.Graph, seeds: set[ir.Node], rules: IntegerRules) ->
             del chosen[node]
 
 
-def _is_product(node: ir.Node) -> bool:
-    from qcompiler.quantized import QuantizedTensor
-
-    right = node.inputs[1]
-    producer = right.producer() if right is not None else None
-    source = producer.inputs[0] if producer is not None and producer.op_type == "Transpose" else right
-    return not (source is not None and isinstance(source.const_value, QuantizedTensor))
-
-
 def _belongs(node: ir.Node, chosen: dict[ir.Node, tuple[int, ...]], rules: IntegerRules) -> bool:
     """Whether a node gets codes from one of its neighbours and gives codes to another."""
     inputs = [value for _, value in _activations(node, chosen[node]) if value.const_value is None]
     gets = any(_comes_as_codes(value, chosen, rules) for value in inputs)
-    result = _result(node)
-    gives = any(user in chosen and (not chosen[user] or index in chosen[user]) for user, index in result.uses())
+    result = _result(node, rules)
+    gives = rules.shrinks(node) or any(
+        user in chosen and (not chosen[user] or index in chosen[user]) for user, index in result.uses()
+    )
     return gets and gives
 
 
 def _comes_as_codes(value: ir.Value, chosen: dict[ir.Node, tuple[int, ...]], rules: IntegerRules) -> bool:
     producer = value.producer()
-    while producer is not None and producer.op_type in _ABSORBED and producer not in chosen:
-        source = producer.inputs[0]
+    while producer is not None and producer not in chosen:
+        source = producer.inputs[0] if producer.op_type in _ABSORBED else swallowed(producer)
         producer = source.producer() if source is not None else None
-    return (
-        producer is not None
-        and producer in chosen
-        and rules.result_is_quantized(producer)
-        and _result(producer) is value
-    )
+    return producer is not None and rules.result_is_quantized(producer) and _result(producer, rules) is value
 
 
 def _shared(integer: dict[ir.Node, tuple[int, ...]], placement: Placement, rules: IntegerRules) -> list[list[ir.Value]]:
-    """Groups of values that operators which only move values make share a scale, each in graph order."""
+    """Groups of values that operators which only move values make share a scale, each in graph order.
+
+    A Concat can have a scale for each input. It has to where what a Relu cut off meets what is not cut off: around all
+    of them the codes would not begin at zero any more, and the Relu would not be absorbed.
+    """
     group: dict[ir.Value, list[ir.Value]] = {value: [value] for value in placement.specs}
-    for node, indices in integer.items():
-        if not rules.moves(node):
+    moving = [node for node in integer if rules.moves(node)]
+    for node in sorted(moving, key=lambda node: node.op_type == "Concat"):
+        read = [value for _, value in _activations(node, integer[node]) if value in group]
+        ends = {any(_starts_at_zero(member) for member in group[value]) for value in read}
+        if len(ends) > 1 or node.outputs[0] not in group:
             continue
-        for _, value in _activations(node, indices):
-            first, second = group.get(value), group.get(_result(node))
-            if first is None or second is None or first is second:
-                continue
-            first.extend(second)
-            group.update((member, first) for member in second)
+        first = group[node.outputs[0]]
+        for value in read:
+            second = group[value]
+            if first is not second:
+                first.extend(second)
+                group.update((member, first) for member in second)
     order = {value: at for at, value in enumerate(placement.specs)}
     found = {id(members): sorted(members, key=order.__getitem__) for members in group.values() if len(members) > 1}
     return list(found.values())

@@ -138,7 +138,7 @@ def plan_model(source: str | Path, config: CompileConfig, *, pipeline_text: str 
     """
     model = load_model(source)
     before = stored_bytes(model)
-    algorithms = config.algorithms or (("gptq",) if config.calibration is not None else ("rtn",))
+    algorithms = config.algorithms or pipeline.default_algorithms(config, calibrated=config.calibration is not None)
     full = pipeline.build(replace(config, algorithms=algorithms), PassContext(config), text=pipeline_text)
     reasons = {}
     for step in full:

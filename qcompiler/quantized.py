@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.numerics.affine import Grid, WeightSpec, dequantize
+from qcompiler.numerics.affine import Grid, WeightSpec, dequantize, storage_dtype
+from qcompiler.numerics.formats import float8_values
 from qcompiler.numerics.packing import pack_codes, unpack_codes
 
 __all__ = ["QuantizedTensor"]
@@ -40,10 +41,10 @@ class QuantizedTensor(ir.LazyTensor):
         name: str | None = None,
     ) -> None:
         """Pack `codes` uint8 ``[N, K]`` on `grid`; `dtype` is what `numpy()` returns."""
-        from qcompiler.numerics.affine import storage_dtype
-
         self.packed = pack_codes(codes, spec.bits)
-        self.scale = grid.scale.astype(storage_dtype(spec.scale_dtype))
+        # Rounded as the file will hold it; where the model becomes float16 only later, float32 until then.
+        scale = grid.scale.astype(storage_dtype(spec.scale_dtype))
+        self.scale = scale.astype(np.float32) if dtype == ir.DataType.FLOAT else scale
         self.zero_point = None if spec.symmetric else grid.zero_point.astype(np.uint8)
         self.spec, self.columns, self.layout = spec, codes.shape[1], layout
         shape = stored_shape(layout, len(codes), codes.shape[1])
@@ -55,10 +56,16 @@ class QuantizedTensor(ir.LazyTensor):
         return len(self.packed)
 
     @property
+    def signed(self) -> bool:
+        """Whether codes may be stored less their middle; those of 8-bit floats are bits."""
+        return self.spec.symmetric and not self.spec.fp8
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of packed codes, scales and zero points together."""
         zero_bytes = 0 if self.zero_point is None else self.rows * -(-self.zero_point.shape[1] * self.spec.bits // 8)
-        return int(self.packed.nbytes + self.scale.nbytes + zero_bytes)
+        scale_bytes = self.scale.size * storage_dtype(self.spec.scale_dtype).itemsize
+        return int(self.packed.nbytes + scale_bytes + zero_bytes)
 
     def codes(self) -> np.ndarray:
         """Codes uint8 ``[N, K]``."""
@@ -68,8 +75,9 @@ class QuantizedTensor(ir.LazyTensor):
         """Values float32 ``[N, K]``."""
         zero: Any = self.zero_point
         if zero is None:
-            zero = np.full(self.scale.shape, self.spec.format.mid, np.uint8)
-        return dequantize(self.codes(), self.scale, zero, self.spec.group_size)
+            zero = np.full(self.scale.shape, 0 if self.spec.fp8 else self.spec.format.mid, np.uint8)
+        codes = float8_values(self.codes()) if self.spec.fp8 else self.codes()
+        return dequantize(codes, self.scale, zero, self.spec.group_size)
 
     def _evaluate_float(self) -> ir.TensorProtocol:
         values = to_stored(self.dequantized(), self.layout).astype(self.dtype.numpy())

@@ -11,16 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 from qcompiler.config import CompileConfig
 from qcompiler.records import PassReport, SiteRecord
-from qcompiler.targets import default_accuracy_level
+from qcompiler.targets import IntegerRules, default_accuracy_level
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qcompiler.bench import BenchResult
     from qcompiler.calibration import CalibrationData
-    from qcompiler.scheme import Scheme
+    from qcompiler.scheme import Activations, Scheme
     from qcompiler.verify import Verification
 
-__all__ = ["CompileReport", "SiteRow", "merge_records", "scheme_meaning", "verification_table"]
+__all__ = [
+    "ActivationRow",
+    "CompileReport",
+    "Excluded",
+    "SiteRow",
+    "merge_records",
+    "scheme_meaning",
+    "verification_table",
+]
 
 SCHEMA = 1
 _DISTRIBUTIONS = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -66,7 +75,9 @@ class SiteRow:
         if record.action == "fused":
             self.action, self.form = "quantized", record.reason
         else:
-            self.action = "quantized" if record.action == "quantized" else self.action
+            if record.action == "quantized":
+                # What one form cannot do, another one has done.
+                self.action, self.reason = "quantized", "" if self.action == "skipped" else self.reason
             self.action = "skipped" if record.action == "skipped" else self.action
             self.reason = "; ".join(text for text in (self.reason, record.reason) if text)
         self.scheme = "" if self.action == "skipped" else self.scheme or record.spec
@@ -77,14 +88,69 @@ class SiteRow:
                 self.metrics[name] = figure
 
 
-def merge_records(records: Iterable[SiteRecord]) -> tuple[list[SiteRow], list[str]]:
-    """One row for each site, in order of appearance, and notes on what was done to the model as a whole."""
+@dataclass(frozen=True)
+class ActivationRow:
+    """A value that the model encodes.
+
+    Attributes:
+        value: Its name.
+        format: Of the codes, e.g. ``uint8``.
+        low: Lower end of the range, in the value's unit; None where scales are computed at run time.
+        high: Upper end.
+        scale: Of the codes.
+        zero_point: The code that means zero.
+        method: How the range was chosen.
+    """
+
+    value: str
+    format: str
+    low: float | None
+    high: float | None
+    scale: float | None
+    zero_point: float | None
+    method: str
+
+    @classmethod
+    def of(cls, record: SiteRecord) -> "ActivationRow":
+        """What a pass recorded."""
+        low, high, scale, zero = (record.metrics.get(name) for name in ("low", "high", "scale", "zero_point"))
+        return cls(record.site, record.spec, low, high, scale, zero, record.reason)
+
+    @property
+    def kind(self) -> str:
+        """The method for counting: ``shared`` where values were measured together."""
+        return "shared" if "shared by" in self.method else self.method
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A site that was left float because it added much noise in a compilation before.
+
+    Attributes:
+        site: Its name.
+        before_db: SQNR of what it read, in dB.
+        after_db: SQNR of its result.
+        added: The noise it added, as a share of its result's energy.
+    """
+
+    site: str
+    before_db: float
+    after_db: float
+    added: float
+
+
+def merge_records(records: Iterable[SiteRecord]) -> tuple[list[SiteRow], list[ActivationRow], list[str]]:
+    """One row for each site, in order of appearance, the quantized values, and notes on the model as a whole."""
     rows: list[SiteRow] = []
+    activations: list[ActivationRow] = []
     latest: dict[str, SiteRow] = {}
     notes = []
     for record in records:
         if record.action == "rewritten":
             notes.append(f"{record.site}: {record.reason}" if record.reason else record.site)
+            continue
+        if record.action == "activation":
+            activations.append(ActivationRow.of(record))
             continue
         row = latest.get(record.site)
         # Two unnamed nodes may have been skipped under one name; they stay two rows.
@@ -92,7 +158,7 @@ def merge_records(records: Iterable[SiteRecord]) -> tuple[list[SiteRow], list[st
             row = latest[record.site] = SiteRow(record.site)
             rows.append(row)
         row.update(record)
-    return rows, notes
+    return rows, activations, notes
 
 
 def scheme_meaning(config: CompileConfig) -> str:
@@ -112,14 +178,25 @@ def _describe(scheme: "Scheme | None", config: CompileConfig) -> str:
     if scheme is None:
         return "weights as they are"
     resolved = scheme.resolve(config.target)
+    if resolved.spelled_out and resolved.activations is not None:
+        return _describe_activations(resolved, resolved.activations, config)
     words = [f"groups of {resolved.group_size}" if resolved.group_size else "one scale for each output channel"]
     words.append("symmetric" if resolved.symmetric else "asymmetric")
     if config.output_format == "matmulnbits":
         given = config.accuracy_level
         level = default_accuracy_level(resolved.bits) if given is None else given
-        rounded = level == 4 and config.target == "cpu"
+        rounded = (level == 4 and config.target == "cpu") or resolved.activations is not None
         words.append("int8 activations inside products" if rounded else "exact compute")
     return ", ".join(words)
+
+
+def _describe_activations(scheme: "Scheme", activations: "Activations", config: CompileConfig) -> str:
+    """The same for schemes whose activations are quantized in the graph; `scheme` is resolved."""
+    owner = f"{scheme.head_size} output channels" if scheme.head_size else "output channel"
+    codes = activations.spec(signed=IntegerRules.of(config.target, fp8=activations.fp8).signed)
+    when = f"computed for each {activations.granularity} at run time" if activations.dynamic else "static"
+    zero = "symmetric" if activations.symmetric else "asymmetric"
+    return f"one scale for each {owner}, symmetric, {codes.dtype.name} activations, {when}, {zero}"
 
 
 @dataclass
@@ -137,6 +214,8 @@ class CompileReport:
         seconds: Wall-clock time of everything.
         peak_bytes: Peak anonymous resident memory.
         file_bytes: Size of what was written.
+        bench: How fast the result is; empty where it was not timed.
+        excluded: Sites that were left float for the noise they added.
     """
 
     config: CompileConfig
@@ -149,18 +228,42 @@ class CompileReport:
     seconds: float = 0.0
     peak_bytes: int = 0
     file_bytes: int = 0
+    bench: "tuple[BenchResult, ...]" = ()
+    excluded: tuple[Excluded, ...] = ()
 
     def __post_init__(self) -> None:
-        self.sites, self.notes = merge_records(record for done in self.passes for record in done.records)
+        self.sites, self.activations, self.notes = merge_records(
+            record for done in self.passes for record in done.records
+        )
 
     @property
     def quantized_sites(self) -> int:
         """Number of sites that were quantized."""
         return sum(row.action == "quantized" for row in self.sites)
 
+    @property
+    def changed(self) -> bool:
+        """Whether there is a model to write that differs from the one that came in."""
+        return bool(self.quantized_sites) or any(p.name == "convert_float16" and p.modified for p in self.passes)
+
+    def below_floor(self) -> list[str]:
+        """The accuracy floors that the result misses, in words."""
+        config, found = self.config, self.verification
+        return found.floor_failures(config.min_sqnr_db, config.max_kl) if found is not None else []
+
     def finish(self, seconds: float, peak_bytes: int, file_bytes: int) -> None:
         """Put in what is known only at the end."""
         self.seconds, self.peak_bytes, self.file_bytes = seconds, peak_bytes, file_bytes
+
+    def activation_summary(self) -> str:
+        """How many values are codes, of which format, and how their ranges were chosen; empty if there are none."""
+        rows = self.activations
+        if not rows:
+            return ""
+        formats = Counter(row.format for row in rows).most_common()
+        named = " and ".join(name if len(formats) == 1 else f"{name} ({count})" for name, count in formats)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(row.kind for row in rows).most_common())
+        return f"{len(rows)} {'activation' if len(rows) == 1 else 'activations'} quantized to {named}: {kinds}"
 
     def skip_reasons(self) -> list[tuple[str, int]]:
         """Why sites were skipped and how many for each reason, the most frequent first."""
@@ -190,7 +293,7 @@ class CompileReport:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values; keys below "sites" and "verification" are the attributes of their classes."""
+        """The report as plain values; keys below "sites", "activations" and so on are attributes of their classes."""
         data = self.calibration
         return {
             "schema": SCHEMA,
@@ -202,12 +305,15 @@ class CompileReport:
             "sites": [asdict(row) for row in self.sites],
             "quantized": self.quantized_sites,
             "skipped": dict(self.skip_reasons()),
+            "excluded": [asdict(row) for row in self.excluded],
+            "activations": [asdict(row) for row in self.activations],
             "notes": self.notes,
             "passes": [
                 {"name": p.name, "seconds": p.seconds, "peak_bytes": p.peak_bytes, "modified": p.modified}
                 for p in self.passes
             ],
             "verification": asdict(self.verification) if self.verification is not None else None,
+            "bench": [asdict(row) for row in self.bench],
             "versions": _versions(),
             "seconds": self.seconds,
             "peak_bytes": self.peak_bytes,

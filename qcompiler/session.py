@@ -82,6 +82,8 @@ class OrtRunner:
         constants: Mapping[str, np.ndarray] | None = None,
         folder: Path | None = None,
         record: bool = False,
+        optimized: Path | None = None,
+        fuse_qdq: bool = True,
     ) -> None:
         """Load a model.
 
@@ -95,6 +97,8 @@ class OrtRunner:
             constants: Weights that are graph inputs of `model`, fed with every run.
             folder: Where the external data of serialized bytes lies.
             record: Note which nodes run, for `executed`.
+            optimized: Write the graph as it is after all optimizations here, its larger constants beside it.
+            fuse_qdq: Whether encoders and decoders may become parts of integer kernels.
 
         Raises:
             KernelError: ONNX Runtime refuses the model, or has no such provider.
@@ -104,14 +108,9 @@ class OrtRunner:
         if provider not in available:
             raise KernelError(f"provider {provider} is not in this ONNX Runtime; it has {', '.join(available)}")
         preload_cuda(provider)
-        options = _options(threads, optimize, prepack)
-        options.enable_cpu_mem_arena = arena
-        if folder is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        options = _options(threads, optimize, prepack, arena, fuse_qdq)
         self._record = tempfile.TemporaryDirectory(prefix="qcompiler-", ignore_cleanup_errors=True) if record else None
-        if self._record is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(self._record.name) / "run")
+        _set_files(options, folder, optimized, self._record.name if self._record is not None else None)
         source = str(model) if isinstance(model, Path) else model
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=[provider])
@@ -194,7 +193,7 @@ class OrtRunner:
         self.close()
 
 
-def _options(threads: int, optimize: bool, prepack: bool) -> Any:
+def _options(threads: int, optimize: bool, prepack: bool, arena: bool, fuse_qdq: bool) -> Any:
     """ONNX Runtime's session options that every session here has."""
     onnxruntime = require_onnxruntime()
     options = onnxruntime.SessionOptions()
@@ -206,7 +205,23 @@ def _options(threads: int, optimize: bool, prepack: bool) -> Any:
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if not fuse_qdq:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.enable_cpu_mem_arena = arena
     return options
+
+
+def _set_files(options: Any, folder: Path | None, optimized: Path | None, record: str | None) -> None:
+    """Say where external data lies, where the optimized graph goes, and in which folder to note what runs."""
+    if record is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(record) / "run")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        data_file = f"{optimized.name}.data"
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data_file)
 
 
 def _usable(array: np.ndarray) -> np.ndarray:

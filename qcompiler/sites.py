@@ -229,7 +229,9 @@ def _decoded_source(value: ir.Value | None) -> str | None:
 
 
 def _match_recurrent(node: ir.Node) -> str:
-    return f"{node.op_type} has no integer kernel"
+    if node.op_type == "LSTM":
+        return "no weight-only kernel runs an LSTM; w8a8-dynamic runs it on integers on the CPU"
+    return f"ONNX Runtime has no integer kernel for {node.op_type}"
 
 
 def _match_transposed_conv(node: ir.Node) -> str:

@@ -14,8 +14,8 @@ class LayerFacts:
     """What is known about the activation that a site reads.
 
     Attributes:
-        hessian: float64 ``[K, K]``, the sum over tokens of x x^T; ``[groups, K, K]`` for a convolution of groups, each of
-            which reads channels of its own.
+        hessian: float64 ``[K, K]``, the sum over tokens of x x^T; ``[groups, K, K]`` for a convolution of groups, each
+            of which reads channels of its own.
         tokens: Number of tokens in the sum.
     """
 

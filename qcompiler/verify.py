@@ -11,8 +11,10 @@ are compared one at a time and dropped. What is run:
 """
 
 import logging
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,7 +31,10 @@ from qcompiler.verify_audit import (
     fusion_remarks,
     with_exact_compute,
 )
-from qcompiler.verify_outputs import Closeness, Comparison, OutputMetrics, producers_of_logits
+from qcompiler.verify_forms import CompiledRunner, Decoder, cache_decoders, holds_float8
+from qcompiler.verify_integers import IntegerAudit, Unfused, audit_integers, oversight_remarks, quantizes_values
+from qcompiler.verify_outputs import Closeness, Comparison, producers_of_logits
+from qcompiler.verify_results import AccuracyLevelCost, RunResult, Verification
 from qcompiler.verify_rows import Sample, short_row
 
 __all__ = ["AccuracyLevelCost", "RunResult", "Verification", "verify"]
@@ -37,6 +42,8 @@ __all__ = ["AccuracyLevelCost", "RunResult", "Verification", "verify"]
 logger = logging.getLogger(__name__)
 
 _CPU = "CPUExecutionProvider"
+# Providers that do not compile parts of the graph, so that ONNX Runtime can save what it runs.
+_SAVING = {_CPU, "CUDAExecutionProvider"}
 # A float model up to this size is optimized and prepacked: a copy of its weights for speed.
 _COPIED_BYTES = 128 << 20
 # What a session needs beside its weights, for a short row.
@@ -45,89 +52,6 @@ _WORKING_BYTES = 128 << 20
 _TOLERATED_DB = 3.0
 # Above this SQNR a difference is that of two orders of summation.
 _EXACT_ENOUGH_DB = 60.0
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """One way of running the compiled model on the short row, and how close that was."""
-
-    provider: str
-    optimized: bool
-    close: Closeness
-
-
-@dataclass(frozen=True)
-class AccuracyLevelCost:
-    """What int8 activations inside MatMulNBits cost, on the short row.
-
-    Attributes:
-        nodes: MatMulNBits at accuracy level 4.
-        written: The model as it is.
-        exact: The model with those nodes at level 0.
-    """
-
-    nodes: int
-    written: Closeness
-    exact: Closeness
-
-
-@dataclass(frozen=True)
-class Verification:
-    """How close a compiled model is to the float model.
-
-    Attributes:
-        outputs: Figures of every output over all rows.
-        runs: Every provider, with optimizations off and on, on the short row.
-        sqnr_db: SQNR of the worst output in dB; infinite if nothing differs, None without a float output.
-        kl: KL divergence of the worst output, mean over positions, nats; None without logits.
-        top1: Top-1 agreement of the worst output; None without logits.
-        accuracy_level: None where no node is at level 4, or it was not measured.
-        fused: Provider that was asked for -> operator -> number of nodes that ran, for operators that matter for speed.
-        rows: Held-out rows that were run.
-        short_positions: Positions of the short row; 0 if it is a row as it came.
-        remarks: What a user should know.
-        seconds: Wall-clock time.
-        peak_bytes: Peak anonymous memory of the process meanwhile.
-        synthetic: Whether the rows are made up.
-    """
-
-    outputs: tuple[OutputMetrics, ...]
-    runs: tuple[RunResult, ...]
-    sqnr_db: float | None
-    kl: float | None
-    top1: float | None
-    accuracy_level: AccuracyLevelCost | None
-    fused: dict[str, dict[str, int]]
-    rows: int
-    short_positions: int
-    remarks: tuple[str, ...]
-    seconds: float
-    peak_bytes: int
-    synthetic: bool
-
-    def floor_failures(self, min_sqnr_db: float | None, max_kl: float | None) -> list[str]:
-        """What misses the floors, in words; a floor on a figure that no output has is missed."""
-        failures = []
-        if min_sqnr_db is not None:
-            if self.sqnr_db is None:
-                failures.append("no output is a float, whose SQNR could be compared with --min-sqnr")
-            elif self.sqnr_db < min_sqnr_db:
-                worst = min((m for m in self.outputs if m.sqnr_db is not None), key=lambda m: m.sqnr_db or 0.0)
-                failures.append(f"SQNR of '{worst.name}' is {self.sqnr_db:.2f} dB, below {min_sqnr_db:g} dB")
-            for run in self.runs:
-                found = run.close.sqnr_db
-                if run.optimized and run is not self._first and found is not None and found < min_sqnr_db:
-                    failures.append(f"SQNR on {run.provider} is {found:.2f} dB, below {min_sqnr_db:g} dB")
-        if max_kl is not None:
-            if self.kl is None:
-                failures.append("no output looks like logits, whose KL divergence could be compared with --max-kl")
-            elif not self.kl <= max_kl:
-                failures.append(f"KL divergence is {self.kl:.4g} nats, above {max_kl:g} nats")
-        return failures
-
-    @property
-    def _first(self) -> RunResult | None:
-        return next((run for run in self.runs if run.optimized), None)
 
 
 @dataclass(frozen=True)
@@ -140,6 +64,7 @@ class _Job:
         producers: Outputs that may be logits, and what computes them.
         providers: Execution providers; the first one runs all rows.
         threads: Threads; 0 takes all cores.
+        decoders: What makes floats of outputs that are codes.
         prepack: Whether sessions keep a packed copy of the weights.
     """
 
@@ -148,6 +73,7 @@ class _Job:
     producers: dict[str, str]
     providers: tuple[str, ...]
     threads: int
+    decoders: Mapping[str, Decoder]
     prepack: bool = True
 
     def comparison(self, provider: str, optimize: bool) -> Comparison:
@@ -155,11 +81,14 @@ class _Job:
         how = f"on {provider} with optimizations {'on' if optimize else 'off'}"
         return Comparison(f"{self.output.name} {how}", self.producers, cpu_threads(self.threads))
 
-    def runner(self, provider: str, optimize: bool, model: bytes | None = None) -> OrtRunner:
-        """A session on the file, or on a variant of it."""
+    def runner(
+        self, provider: str, optimize: bool, model: bytes | None = None, optimized: Path | None = None
+    ) -> OrtRunner:
+        """A session on the file, or on a variant of it; `optimized` is where the graph that it runs is written."""
         source = self.output if model is None else model
-        return OrtRunner(
+        return CompiledRunner(
             source,
+            self.decoders,
             provider=provider,
             threads=self.threads,
             optimize=optimize,
@@ -167,6 +96,9 @@ class _Job:
             arena=self.prepack,
             folder=None if model is None else self.output.parent,
             record=True,
+            optimized=optimized,
+            # ONNX Runtime 1.31 makes an integer kernel of MatMul on 8-bit floats too, and cannot load what it made.
+            fuse_qdq=not holds_float8(self.model),
         )
 
 
@@ -208,7 +140,8 @@ def verify(
     with MemoryMeter() as meter:
         model = onnx.load(output, load_external_data=False)
         check_scales(model, output.parent, output.name)
-        job = _Job(output, model, producers_of_logits(model.graph), tuple(providers), threads)
+        decoders = cache_decoders(model, output.parent, output.name)
+        job = _Job(output, model, producers_of_logits(model.graph), tuple(providers), threads, decoders)
         reference = _open_reference(source, threads, providers[0])
         row = held_out[0]
         try:
@@ -247,7 +180,7 @@ def _run_all(
     variant, nodes = with_exact_compute(job.model) if levels and first == _CPU else (b"", 0)
     exact = _close(job, first, sample, model=variant) if nodes else Closeness()
     total = job.comparison(first, True)
-    with job.runner(first, True) as runner:
+    with _audited(job, found) as runner:
         outputs = _audit(job, runner, first, sample, found)
         if not sample.positions:
             total.add(sample.expected, outputs, sample.mask)
@@ -292,9 +225,10 @@ def _run_little(job: _Job, sample: Sample) -> Verification:
     found = _Findings()
     total = job.comparison(job.providers[0], True)
     for provider in job.providers:
-        with job.runner(provider, True) as runner:
+        first = provider == job.providers[0]
+        with _audited(job, found) if first else job.runner(provider, True) as runner:
             outputs = _audit(job, runner, provider, sample, found)
-            if provider == job.providers[0]:
+            if first:
                 total.add(sample.expected, outputs, sample.mask)
             del outputs
     size = f"{sample.positions} positions of one row" if sample.positions else "one row"
@@ -310,6 +244,8 @@ class _Findings:
     fused: dict[str, dict[str, int]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     cost: AccuracyLevelCost | None = None
+    integers: IntegerAudit | None = None
+    unfused: tuple[Unfused, ...] = ()
 
     def verification(self, job: _Job, total: Comparison, rows: int, positions: int) -> Verification:
         """The result, but for time, memory and where the rows are from."""
@@ -318,7 +254,7 @@ class _Findings:
         close, outputs = total.closeness(), total.outputs()
         return Verification(
             outputs, tuple(runs), close.sqnr_db, close.kl, close.top1, self.cost, self.fused, rows, positions,
-            tuple(remarks), seconds=0.0, peak_bytes=0, synthetic=False,
+            tuple(remarks), seconds=0.0, peak_bytes=0, synthetic=False, integers=self.integers, unfused=self.unfused,
         )  # fmt: skip
 
 
@@ -358,6 +294,23 @@ def _audit(job: _Job, runner: OrtRunner, provider: str, sample: Sample, found: _
     found.fused[provider] = count_operators(executed, provider)
     found.remarks += fusion_remarks(job.model, executed, provider)
     return outputs
+
+
+@contextmanager
+def _audited(job: _Job, found: _Findings) -> Iterator[OrtRunner]:
+    """The session that runs everything; what it made of encoders and decoders is noted."""
+    first = job.providers[0]
+    if first not in _SAVING or not quantizes_values(job.model):
+        with job.runner(first, True) as runner:
+            yield runner
+        return
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+        path = Path(folder) / "optimized.onnx"
+        with job.runner(first, True, optimized=path) as runner:
+            optimized = onnx.load(path, load_external_data=False)
+            found.integers, found.unfused = audit_integers(job.model, optimized)
+            found.remarks += oversight_remarks(found.unfused)
+            yield runner
 
 
 def _run_remarks(runs: Sequence[RunResult]) -> list[str]:

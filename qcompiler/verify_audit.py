@@ -18,6 +18,7 @@ __all__ = [
     "constant_bytes",
     "count_operators",
     "fusion_remarks",
+    "read_constant",
     "walk",
     "with_exact_compute",
 ]
@@ -117,6 +118,14 @@ def check_scales(model: onnx.ModelProto, folder: Path, where: str) -> None:
                 )
 
 
+def read_constant(model: onnx.ModelProto, name: str, folder: Path, where: str) -> np.ndarray:
+    """A constant of a model whose external data, in `folder`, is not loaded; raises ModelError if it cannot be read."""
+    constants = _constants(model)
+    if name not in constants:
+        raise ModelError(f"{where}: '{name}' is no constant")
+    return _read(constants[name], folder, where)
+
+
 def _read(tensor: onnx.TensorProto, folder: Path, where: str) -> np.ndarray:
     if tensor.data_location != onnx.TensorProto.EXTERNAL:
         return numpy_helper.to_array(tensor)
@@ -204,9 +213,12 @@ def fusion_remarks(model: onnx.ModelProto, executed: Sequence[Executed], provide
 def _unfused(model: onnx.ModelProto, executed: Sequence[Executed], nodes: Mapping[str, onnx.NodeProto]) -> list[str]:
     constants = _constants(model)
     readers: dict[str, list[onnx.NodeProto]] = {}
+    decoded: set[str] = set()  # activations; an operator that reads them is for `verify_integers` to judge
     for node, _ in walk(model.graph):
         for name in node.input:
             readers.setdefault(name, []).append(node)
+        if node.op_type == "DequantizeLinear" and node.input[0] not in constants:
+            decoded.update(node.output)
     found: dict[str, str] = {}
     for ran in executed:
         origin = nodes.get(ran.name)
@@ -215,6 +227,8 @@ def _unfused(model: onnx.ModelProto, executed: Sequence[Executed], nodes: Mappin
         weight = constants.get(origin.input[0])
         if weight is not None and len(weight.dims) >= 2:
             for reader in _final_readers(origin, readers):
+                if reader.input[0] in decoded:
+                    continue
                 found.setdefault(reader.name or reader.op_type, reader.op_type)
     if not found:
         return []

@@ -77,3 +77,11 @@ def test_a_model_with_another_input_is_an_error(tmp_path):
     path.write_bytes(chain(1, name="z"))
     with pytest.raises(KernelError, match=r"other\.onnx needs the input 'z'"):
         bench([chain(1), path], FEEDS)
+
+
+def test_no_round_begins_after_the_time_is_up(order):
+    bench([1.0, 3.0], {}, repeat=50, warmup=1, seconds=17.0)
+    assert len(order) == 2 * (1 + 4)
+    order.clear()
+    bench([1.0, 3.0], {}, repeat=50, warmup=1, seconds=0.0)
+    assert len(order) == 2 * (1 + 3)

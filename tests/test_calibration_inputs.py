@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qcompiler.calibration import row_mask
-from qcompiler.calibration_inputs import ModelInputs
+from qcompiler.calibration_inputs import ModelInputs, fitted
 from qcompiler.errors import CalibrationError
 from qcompiler.session import InputSpec
 
@@ -181,3 +181,31 @@ def test_a_mask_that_is_added_to_scores_is_no_row_mask() -> None:
     added = np.array([[0.0, -1e9]], np.float32)
     assert row_mask({"input_ids": np.ones((1, 2), int), "attention_mask": added}) is None
     assert row_mask({"input_ids": np.ones((1, 2), int), "attention_mask": 0 * added}) is None
+
+
+# --- the same feeds for another form of the model -------------------------------------------------------------------
+
+
+def test_feeds_fit_another_form_of_the_model():
+    cache = np.zeros((1, 2, 0, 16), np.float32)
+    feeds = {"x": np.ones((1, 3), np.float32), "past_key_values.0.key": cache, "ids": np.ones((1, 3), np.int64)}
+    specs = [
+        InputSpec("x", "float16", ("b", "s")),
+        InputSpec("past_key_values.0.key", "uint8", ("b", 2, "p", 8)),
+        InputSpec("ids", "int64", ("b", "s")),
+        InputSpec("absent", "float32", ()),
+    ]
+    found = fitted(feeds, specs)
+    assert {name: (array.dtype.name, array.shape) for name, array in found.items()} == {
+        "x": ("float16", (1, 3)), "past_key_values.0.key": ("uint8", (1, 2, 0, 8)), "ids": ("int64", (1, 3)),
+    }  # fmt: skip
+    assert found["ids"] is feeds["ids"]
+    assert feeds["past_key_values.0.key"] is cache
+
+
+def test_a_cache_in_use_fits_no_other_form():
+    feeds = {"past_key_values.0.key": np.zeros((1, 2, 3, 16), np.float32)}
+    with pytest.raises(
+        CalibrationError, match="is a cache of int8 in one model and of float32 in the other; give rows"
+    ):
+        fitted(feeds, [InputSpec("past_key_values.0.key", "int8", ("b", 2, "p", 16))])

@@ -153,6 +153,55 @@ def test_patterns_reach_the_plan(decoder_file, tmp_path):
     }  # fmt: skip
 
 
+def test_a_compilation_can_be_timed(decoder_file, token_file, tmp_path):
+    output = tmp_path / "out.onnx"
+    done = run(qcompile, decoder_file, "--bench", "--calibration", token_file, "--samples", 4, "-o", output)
+    assert done.exit_code == 0, done.stderr
+    assert re.search(r"^one row +[0-9.]+ +[0-9.]+ +[0-9.]+ +[0-9.]+ to [0-9.]+$", done.stdout, re.M)
+    report = json.loads((tmp_path / "out.report.json").read_text("utf-8"))
+    one, batch = report["bench"]
+    assert (one["inputs"]["input_ids"], batch["inputs"]["input_ids"]) == ([1, 7], [2, 7])
+    assert one["ratio_low"] <= one["ratio"] <= one["ratio_high"]
+    assert "bench" not in report["recipe"]
+    plain = tmp_path / "plain.onnx"
+    assert run(qcompile, decoder_file, "--calibration", token_file, "--samples", 4, "-o", plain).exit_code == 0
+    assert plain.read_bytes() == output.read_bytes()
+    assert json.loads((tmp_path / "plain.report.json").read_text("utf-8"))["bench"] == []
+
+
+def test_the_worst_sites_can_be_left_float(decoder_file, token_file, tmp_path):
+    output, again = tmp_path / "out.onnx", tmp_path / "again.onnx"
+    options = [decoder_file, "--scheme", "w8a8", "--algorithm", "rtn", "--calibration", token_file]
+    done = run(qcompile, *options, "--exclude-worst", 2, "-o", output)
+    assert done.exit_code == 0, done.stderr
+    report = json.loads((tmp_path / "out.report.json").read_text("utf-8"))
+    names = [row["site"] for row in report["excluded"]]
+    assert len(names) == 2
+    assert report["excluded"][0]["added"] >= report["excluded"][1]["added"] > 0
+    assert report["recipe"]["ignore"] == names
+    assert {row["site"]: row["reason"] for row in report["sites"] if row["site"] in names} == {
+        name: f"ignored (--ignore {name})" for name in names
+    }
+    assert re.search(rf"^{re.escape(names[0])} +\S+ +[0-9.]+ +[0-9.]+ %$", done.stdout, re.M)
+    ignored = [word for name in names for word in ("--ignore", name)]
+    assert run(qcompile, *options, *ignored, "-o", again).exit_code == 0
+    assert again.read_bytes() == output.read_bytes()
+    assert json.loads((tmp_path / "again.report.json").read_text("utf-8"))["excluded"] == []
+
+
+def test_an_output_that_exists_is_noticed_before_the_first_compilation(linear_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(driver, "worst_sites", lambda *_: pytest.fail("compiled"))
+    (tmp_path / "model-w4a16.onnx").write_bytes(b"")
+    done = run(qcompile, linear_file, "--exclude-worst", 1)
+    assert done.exit_code == 1
+    assert "exists already" in done.stderr
+
+
+def test_where_nothing_is_quantized_nothing_is_left_out(linear_file):
+    done = run(qcompile, linear_file, "--exclude-worst", 1, "--ignore", "fc", "-q")
+    assert done.exit_code == 0, done.stderr
+
+
 def test_every_pass_can_be_dumped(linear_file, tmp_path):
     assert run(qcompile, linear_file, "--dump-dir", tmp_path / "dump").exit_code == 0
     assert "00-canonicalize.onnx" in files(tmp_path / "dump")
@@ -179,7 +228,8 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "b", "--only", "re:c", "--embedding", "float", "--lm-head", "w4a16", "--target", "cuda", "--format", "qdq",
         "--accuracy-level", 1, "--opset", 22, "--no-sequential", "--provider", "X", "--provider", "Y", "--threads", 2,
         "--seed", 5, "--max-memory", "1.5GiB", "--min-sqnr", 9, "--max-kl", 0.5, "--require-quantized", "--dump-dir",
-        "d", "--pipeline", "rtn", "--calibrator", "mse", "--reduce-range",
+        "d", "--pipeline", "rtn", "--calibrator", "mse", "--reduce-range", "--bench",
+        "--exclude-worst", 2, "--kv-cache", "kv4", "--float16",
     )  # fmt: skip
     config = seen["config"]
     assert (seen["model"], seen["output"], seen["pipeline"]) == (Path("m.onnx"), Path("o.onnx"), "rtn")
@@ -191,7 +241,8 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "sequence_length": 99, "force": True, "target": "cuda", "output_format": "qdq", "accuracy_level": 1,
         "opset": 22, "sequential": False, "provider": "X", "verify_providers": ("X", "Y"), "threads": 2, "seed": 5,
         "max_memory": 3 << 29, "verify": True, "min_sqnr_db": 9.0, "max_kl": 0.5, "require_quantized": True,
-        "dump_dir": Path("d"), "calibrator": "mse", "reduce_range": True,
+        "dump_dir": Path("d"), "calibrator": "mse", "reduce_range": True, "bench": True,
+        "exclude_worst": 2, "kv_cache": "kv4", "float16": True,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in given} == given
     assert {*given, "plan", "progress"} == set(type(config).__dataclass_fields__)

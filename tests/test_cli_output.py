@@ -64,10 +64,35 @@ def test_compare_on_random_inputs_and_on_data(decoder_file, token_file):
     assert "compared with the float model on 5 rows\n" in done.stdout
 
 
+def test_compare_layer_by_layer(decoder_file, token_file):
+    output = decoder_file.with_name("decoder-w4a16.onnx")
+    assert run(qcompile, decoder_file, "-q").exit_code == 0
+    done = run(main, "compare", decoder_file, output, "--layers", "--worst", 2, "--calibration", token_file)
+    assert done.exit_code == 0, done.stderr
+    first, second = done.stdout.split("adds the most noise")
+    assert re.search(r"^\d+ of \d+ float tensors compared on 8 rows$", first, re.M)
+    names = ["l0_q", "l0_k", "l0_v", "l0_o", "l0_gate", "l0_up", "l0_down", "head"]
+    assert re.findall(r"^(embed|l0_\w+|head) ", first, re.M) == names
+    assert "Softmax" not in first
+    worst = re.findall(r"^(\S+) +(?:MatMul|Gather) .* (\S+) %", second, re.M)
+    assert len(worst) == 2
+    assert float(worst[0][1]) >= float(worst[1][1]) > 0
+    done = run(main, "compare", decoder_file, output, "--layers", "-v")
+    assert "2 rows of random inputs" in done.stdout
+    assert re.search(r" Softmax +[0-9.]+ +[0-9.]+ ", done.stdout)
+
+
+def test_compare_of_equal_models_names_no_layer(decoder_file):
+    done = run(main, "compare", decoder_file, decoder_file, "--layers")
+    assert done.exit_code == 0, done.stderr
+    assert "no quantized layer adds noise" in done.stdout
+
+
 def test_compare_of_different_models_is_an_error(linear_file, decoder_file):
     done = run(main, "compare", decoder_file, linear_file)
     assert done.exit_code == 1
     assert "model.onnx has the input 'x', which" in done.stderr
+    assert run(main, "compare", decoder_file, linear_file, "--layers").stderr == done.stderr
 
 
 def test_bench_times_models_in_one_table(decoder_file, token_file):

@@ -124,3 +124,19 @@ def test_a_compiled_model_can_be_compiled_again():
     from tests.builders import run
 
     assert np.isfinite(run(model, token_batches(1)[0])[0]).all()
+
+
+def test_a_decoded_activation_is_not_a_weight_that_was_spelled_out():
+    from tests.integer_models import ROWS, batches
+    from tests.integer_models import graph as small
+
+    model, data = small("h = MatMul(x, m0) n = Neg(h) y = MatMul(n, m1)", ROWS), batches(ROWS)
+    ctx = context(scheme="w8a8", batches=data)
+    quantized(model, ctx)
+    apply("insert_qdq", model, ctx)
+    assert any(node.op_type == "DequantizeLinear" for node in model.graph)
+    assert lowered_nodes(model) == set()
+    check_legal(model, Stage.QUANTIZE, "my_pass")
+    apply("export_qdq", model, ctx)
+    assert {node.inputs[0].name for node in lowered_nodes(model)} == {"m0_codes", "m1_codes"}
+    illegal(model, Stage.QUANTIZE, "made a DequantizeLinear")

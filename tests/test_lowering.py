@@ -1,10 +1,11 @@
 """Constants, nodes and their replacement, as all lowering passes do it."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY
-from qcompiler.lowering import add_constant, block_constants, make_node, replace_nodes
+from qcompiler.lowering import add_constant, append_nodes, block_constants, make_node, replace_nodes
 from qcompiler.numerics.packing import unpack_codes
 from tests.builders import context, linear_model, normal, parse, quantized, run, text_of, the_site
 
@@ -106,3 +107,29 @@ def test_several_nodes_are_replaced_by_the_result_of_the_first():
     replace_nodes(graph, [outer, inner], [node], node.outputs[0])
     assert text_of(model) == ["y = Relu(x)"]
     assert node.outputs[0].is_graph_output()
+
+
+def test_appended_nodes_take_name_type_shape_and_readers():
+    model = parse(
+        "g (float[2,8] x) => (float[2,8] h, float[2,8] y) { [fc] h = MatMul(x, w) y = Neg(h) z = Add(h, h) }",
+        {"w": normal((8, 8), 1)},
+    )
+    product, graph = model.graph[0], model.graph
+    shape = product.outputs[0].shape
+    scale = add_constant(graph, "two", np.float32(2))
+    first = make_node(graph, "Mul", [product.outputs[0], scale], {}, product, "my_pass")
+    second = make_node(graph, "Add", [first.outputs[0], product.outputs[0]], {}, product, "my_pass")
+    append_nodes(graph, product, [first, second])
+    assert text_of(model) == [
+        "h_before_Mul = MatMul(x, w)",
+        "fc_Mul_output = Mul(h_before_Mul, two)",
+        "h = Add(fc_Mul_output, h_before_Mul)",
+        "y = Neg(h)",
+        "z = Add(h, h)",
+    ]
+    assert model.graph.outputs[0] is second.outputs[0]
+    assert (second.outputs[0].dtype, second.outputs[0].shape) == (ir.DataType.FLOAT, shape)
+    x = normal((2, 8), 2)
+    h, y = run(model, {"x": x})
+    np.testing.assert_allclose(h, 3 * x @ model.graph.initializers["w"].const_value.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(y, -h)

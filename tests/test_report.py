@@ -8,11 +8,13 @@ import pytest
 from rich.console import Console
 
 from qcompiler import __version__
+from qcompiler.bench import BenchResult
 from qcompiler.config import CompileConfig
 from qcompiler.records import PassReport, SiteRecord
-from qcompiler.report import CompileReport, merge_records, scheme_meaning, verification_table
+from qcompiler.report import CompileReport, Excluded, merge_records, scheme_meaning, verification_table
 from qcompiler.scheme import Scheme, SchemePlan
 from qcompiler.verify import AccuracyLevelCost, RunResult, Verification
+from qcompiler.verify_integers import IntegerAudit, Unfused
 from qcompiler.verify_outputs import Closeness, OutputMetrics
 
 CPU = "CPUExecutionProvider"
@@ -96,13 +98,15 @@ def test_a_site_is_one_row_whatever_the_number_of_passes():
 
 
 def test_two_sites_that_were_skipped_under_one_name_stay_two():
-    rows, _ = merge_records([SiteRecord("MatMul", "skipped", reason="a"), SiteRecord("MatMul", "skipped", reason="b")])
+    rows, _, _ = merge_records(
+        [SiteRecord("MatMul", "skipped", reason="a"), SiteRecord("MatMul", "skipped", reason="b")]
+    )
     assert [row.reason for row in rows] == ["a", "b"]
 
 
 def test_a_site_that_a_later_pass_refuses_is_skipped():
     refused = SiteRecord("a", "skipped", reason="an odd shape")
-    (row,), _ = merge_records([SiteRecord("a", "assigned", "w4a16"), refused])
+    (row,), _, _ = merge_records([SiteRecord("a", "assigned", "w4a16"), refused])
     assert (row.action, row.scheme, row.reason) == ("skipped", "", "an odd shape")
 
 
@@ -111,7 +115,7 @@ def test_remarks_of_several_passes_are_joined():
         SiteRecord("a", "scaled", reason="alpha 0.5"),
         SiteRecord("a", "quantized", "w4a16", "damping grew to 1"),
     ]
-    (row,), _ = merge_records(records)
+    (row,), _, _ = merge_records(records)
     assert (row.action, row.reason) == ("quantized", "alpha 0.5; damping grew to 1")
 
 
@@ -152,6 +156,82 @@ def test_other_schemes_are_spelled_out():
     assert scheme_meaning(CompileConfig(plan=SchemePlan(None))).startswith("float on cpu means weights as they are")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "options", "expected"),
+    [
+        ("w8a8", {}, "one scale for each output channel, symmetric, uint8 activations, static, asymmetric"),
+        ("w8a8-sym", {}, "symmetric, uint8 activations, static, symmetric"),
+        ("w8a8-dynamic", {}, "symmetric, uint8 activations, computed for each token at run time, symmetric"),
+        ("w8a8-dynamic-tensor", {}, "uint8 activations, computed for each tensor at run time, asymmetric"),
+        ("w8a8", {"target": "tensorrt"}, "symmetric, int8 activations, static, symmetric"),
+        ("w8a8-head4", {}, "one scale for each 4 output channels, symmetric, uint8 activations"),
+        ("w8a8-fp8", {"target": "cuda"}, "float8_e4m3fn activations, static, symmetric"),
+        ("w8a16int", {"target": "portable"}, "uint16 activations, static"),
+        ("w4a8", {}, "groups of 64, asymmetric, int8 activations inside products"),
+    ],
+)
+def test_schemes_of_activations_are_spelled_out(scheme, options, expected):
+    config = CompileConfig(plan=SchemePlan(Scheme.parse(scheme)), **options)
+    assert expected in scheme_meaning(config).partition(";")[0]
+    assert "exact compute" not in scheme_meaning(config).partition(";")[0]
+
+
+# Activations.
+
+
+def encoded(name, spec="uint8", reason="mse", **figures):
+    figures = figures or {"low": -1.0, "high": 2.0, "scale": 3 / 255, "zero_point": 85.0}
+    return SiteRecord(name, "activation", spec, reason, figures)
+
+
+def with_activations(*records):
+    made = CompileReport(
+        CompileConfig(), "model.onnx", [PassReport("insert_qdq", 1.0, 1, True, records)], None, 100, 50
+    )
+    made.finish(1.0, 1, 50)
+    return made
+
+
+def test_activations_are_no_sites():
+    rows, activations, notes = merge_records([SiteRecord("a", "assigned", "w8a8"), encoded("a"), encoded("b")])
+    assert ([row.site for row in rows], notes) == (["a"], [])
+    assert rows[0].reason == ""
+    assert [(row.value, row.format, row.method) for row in activations] == [
+        ("a", "uint8", "mse"),
+        ("b", "uint8", "mse"),
+    ]
+    assert (activations[0].low, activations[0].high, activations[0].zero_point) == (-1.0, 2.0, 85.0)
+
+
+def test_activations_are_summed_up_in_one_line():
+    records = [*(encoded(f"a{i}") for i in range(3)), encoded("b", reason="minmax")]
+    records += [encoded(name, reason="mse/minmax, shared by 2 values") for name in "cd"]
+    made = with_activations(*records)
+    assert "\n6 activations quantized to uint8: 3 mse, 2 shared, 1 minmax\n" in printed(made)
+    assert not [line for line in printed(made).splitlines() if line.startswith("a1 ")]
+    mixed = with_activations(*records, encoded("e", "int8-sym"))
+    assert mixed.activation_summary().startswith("7 activations quantized to uint8 (6) and int8-sym (1): 4 mse")
+    assert with_activations(encoded("a")).activation_summary() == "1 activation quantized to uint8: 1 mse"
+    assert report().activation_summary() == ""
+
+
+def test_every_activation_has_its_line_if_wanted():
+    dynamic = SiteRecord("t", "activation", "u8-token", "scaled at run time")
+    lines = [line.split() for line in printed(with_activations(encoded("a[0]"), dynamic), every_site=True).splitlines()]
+    assert ["a[0]", "uint8", "-1", "2", "0.01176", "85", "mse"] in lines
+    assert ["t", "u8-token", "scaled", "at", "run", "time"] in lines
+
+
+def test_activations_are_in_the_json():
+    dynamic = SiteRecord("t", "activation", "u8-token", "scaled at run time")
+    first, second = json.loads(with_activations(encoded("a"), dynamic).to_json())["activations"]
+    assert first == {
+        "value": "a", "format": "uint8", "low": -1.0, "high": 2.0, "scale": 3 / 255, "zero_point": 85.0,
+        "method": "mse",
+    }  # fmt: skip
+    assert (second["low"], second["scale"], second["method"]) == (None, None, "scaled at run time")
+
+
 # JSON.
 
 
@@ -160,8 +240,8 @@ def test_json_has_a_stable_form():
     made.verification = verification()
     read = json.loads(made.to_json())
     assert list(read) == [
-        "schema", "model", "bytes", "recipe", "meaning", "calibration", "sites", "quantized", "skipped", "notes",
-        "passes", "verification", "versions", "seconds", "peak_bytes",
+        "schema", "model", "bytes", "recipe", "meaning", "calibration", "sites", "quantized", "skipped", "excluded",
+        "activations", "notes", "passes", "verification", "bench", "versions", "seconds", "peak_bytes",
     ]  # fmt: skip
     assert read["schema"] == 1
     assert read["bytes"] == {"before": 538_000_000, "after": 174_000_000, "files": 178_000_000}
@@ -286,6 +366,38 @@ def test_exact_and_tiny_figures_are_readable():
     assert ["same", "exact", "0.0000", "100.0", "%", "0"] in lines
     assert ["close", "61.2", "1.5e-06", "100.0", "%", "0.001"] in lines
     assert ["best", "75.00", "%"] in lines
+
+
+def test_what_became_of_encoders_is_counted():
+    audit = IntegerAudit(10, 7, 1, {"QLinearConv": 3}, {"encodes a graph input": 1, "decodes a graph output": 3})
+    left = Unfused("q", "QuantizeLinear", "between 'x' and Conv 'c'", "encodes a graph input", True)
+    made = report()
+    made.verification = verification(integers=audit, unfused=(left,))
+    lines = printed(made).splitlines()
+    at = lines.index("of 10 QuantizeLinear and DequantizeLinear ONNX Runtime fused 7; 3 and 1 that it ")
+    assert [line.strip() for line in lines[at + 1 : at + 4]] == [
+        "put in run", "1: encodes a graph input", "3: decodes a graph output",
+    ]  # fmt: skip
+    read = json.loads(made.to_json())["verification"]
+    assert read["unfused"] == [
+        {
+            "node": "q", "operator": "QuantizeLinear", "place": "between 'x' and Conv 'c'",
+            "reason": "encodes a graph input", "necessary": True, "remedy": "",
+        }
+    ]  # fmt: skip
+    assert read["integers"]["kernels"] == {"QLinearConv": 3}
+
+
+def test_times_and_what_was_left_out_are_shown():
+    made = report()
+    made.bench = (BenchResult("one row", {"x": [1, 3]}, 10.0, 4.0, 0.41, 0.39, 0.44),)
+    made.excluded = (Excluded("head", math.inf, 12.34, 0.05),)
+    lines = [line.split() for line in printed(made).splitlines()]
+    assert ["one", "row", "10.00", "4.00", "0.41", "0.39", "to", "0.44"] in lines
+    assert ["head", "exact", "12.3", "5.00", "%"] in lines
+    read = json.loads(made.to_json())
+    assert (read["bench"][0]["ratio"], read["bench"][0]["inputs"]) == (0.41, {"x": [1, 3]})
+    assert read["excluded"] == [{"site": "head", "before_db": 400.0, "after_db": 12.34, "added": 0.05}]
 
 
 def test_a_report_without_a_site_prints():

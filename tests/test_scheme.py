@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qcompiler.errors import SchemeError
+from qcompiler.numerics.activation import ActivationSpec
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.formats import FORMATS
 from qcompiler.scheme import ALIASES, GROUP_SIZES, Activations, Pattern, Scheme, SchemePlan, parse_optional_scheme
@@ -204,3 +205,59 @@ def test_patterns_that_select_nothing_are_found():
     assert plan.unmatched([("a", "w"), ("b",)]) == ["x", "re:y", "z"]
     assert plan.unmatched([]) == ["a", "x", "re:b", "re:y", "w", "z"]
     assert np.size(SchemePlan(Scheme(4)).unmatched([])) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "expected"),
+    [
+        ("w8a8", "cpu", "w8a8-static-tensor-asym"),
+        ("w8a8", "portable", "w8a8-static-tensor-asym"),
+        ("w8a8", "tensorrt", "w8a8-static-tensor-sym"),
+        ("w8a8-sym", "cpu", "w8a8-static-tensor-sym"),
+        ("w8a8-asym", "tensorrt", "w8a8-static-tensor-asym"),
+        ("w8a8-dynamic", "cpu", "w8a8-dynamic-token-sym"),
+        ("w8a8-token", "cpu", "w8a8-dynamic-token-sym"),
+        ("w8a8-dynamic-tensor", "cpu", "w8a8-dynamic-tensor-asym"),
+        ("w8a8-fp8", "cuda", "w8a8-static-tensor-sym-fp8"),
+        ("w8a8-head64", "cpu", "w8a8-head64-static-tensor-asym"),
+        ("w8a16int", "portable", "w8a16int-static-tensor-asym"),
+        ("w4a8", "cpu", "w4a8-g64-asym"),
+        ("w4a8", "cuda", "w4a8-g32-sym"),
+    ],
+)
+def test_the_target_fills_in_how_activations_are_quantized(text, target, expected):
+    resolved = Scheme.parse(text).resolve(target)
+    assert str(resolved) == expected
+    assert resolved.resolve(target) == resolved
+    assert resolved.spelled_out is (text != "w4a8")
+
+
+def test_weights_that_meet_integers_have_one_positive_scale_a_channel():
+    for text, reduced, head in (("w8a8", False, 0), ("w8a8-dynamic", True, 0), ("w8a8-head64", False, 64)):
+        spec = Scheme.parse(text).resolve("cpu").spec(100, "float16", reduced=reduced)
+        assert spec == WeightSpec(8, 100, True, False, "float16", head, reduced)
+    assert Scheme.parse("w8a8-fp8").resolve("cuda").spec(64, "float32").fp8
+    block = Scheme.parse("w4a8").resolve("cpu").spec(100, "float32", reduced=True)
+    assert block == WeightSpec(4, 64, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "expected"),
+    [
+        ("w8a8", "cpu", ActivationSpec()),
+        ("w8a8-sym", "cpu", ActivationSpec(symmetric=True)),
+        ("w8a16int", "portable", ActivationSpec(16)),
+        ("w8a8-fp8", "cuda", ActivationSpec(symmetric=True, fp8=True)),
+    ],
+)
+def test_the_format_of_activations(text, target, expected):
+    activations = Scheme.parse(text).resolve(target).activations
+    assert activations.spec() == expected
+    assert activations.spec(signed=True).signed
+
+
+def test_a_scheme_with_float_activations_spells_nothing_out():
+    assert not Scheme(8).spelled_out
+    overrides = ((Pattern("a"), None), (Pattern("b"), Scheme(2)))
+    assert SchemePlan(Scheme(4), None, Scheme(8), overrides=overrides).schemes == (Scheme(4), Scheme(8), Scheme(2))
+    assert decide(SchemePlan(None), "conv") == (None, "left float (--scheme float)")

@@ -1,6 +1,7 @@
 """Sessions: providers, constants that are fed, and errors in one line."""
 
 import numpy as np
+import onnx
 import pytest
 from threadpoolctl import threadpool_info
 
@@ -112,3 +113,14 @@ def test_many_runs_of_one_session_give_the_same_bytes():
     x = normal((5, 64), 2)
     results = {runner.run({"x": x})["y"].tobytes() for _ in range(5)}
     assert len(results) == 1
+
+
+def test_the_graph_that_runs_can_be_saved(tmp_path):
+    path = tmp_path / "optimized.onnx"
+    weight = np.ones((64, 64), np.float32)
+    model = linear_model(64, 64, bias=True)
+    with OrtRunner(serialized(model), threads=1, optimized=path) as runner:
+        runner.run({"x": weight})
+    saved = onnx.load(path, load_external_data=False)
+    assert [node.op_type for node in saved.graph.node] == ["FusedGemm"] or len(saved.graph.node) < 2
+    assert (tmp_path / "optimized.onnx.data").stat().st_size >= weight.nbytes

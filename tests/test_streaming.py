@@ -3,6 +3,7 @@
 import os
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from qcompiler import streaming
@@ -300,3 +301,61 @@ def test_an_activation_that_is_not_finite_is_an_error_that_names_the_site():
     model = parse(text, {"w": normal((32, 32), 2)})
     with pytest.raises(NumericsError, match="the activation that 'a' reads holds NaN or infinity"):
         stream(model, [{"x": np.full((2, 32), 1000, np.float32)}])
+
+
+KERNELS = """g (float[B,4,9,7] x) => (float[B,6,C,D] y, float[B,8,E,F] z, float[B,8,G,H] u, float[B,4,I,J] v) {
+    [a] y = Conv <pads = [1, 1, 1, 1], strides = [2, 1]> (x, wa)
+    [same] z = Conv <pads = [1, 1, 1, 1], strides = [2, 1]> (x, wb)
+    [other] u = Conv <dilations = [2, 2]> (x, we)
+    [pairs] p = Conv <group = 2> (x, wc) r = Relu(p)
+    [deep] v = Conv <group = 4, pads = [1, 1, 1, 1]> (r, wd)
+}"""
+
+
+def kernels():
+    shapes = {"wa": (6, 4, 3, 3), "wb": (8, 4, 3, 3), "wc": (4, 2, 3, 3), "wd": (4, 1, 3, 3), "we": (8, 4, 3, 3)}
+    return parse(KERNELS, {name: normal(shape, seed) for seed, (name, shape) in enumerate(shapes.items())})
+
+
+def taps_of(model, name, feeds):
+    """What a convolution's taps meet, [groups, T, K], by one beside it whose every output is one of its inputs."""
+    model = ir.serde.deserialize_model(ir.serde.serialize_model(model))
+    (site,) = (site for site in find_sites(model)[0] if site.name == name)
+    groups, shape = site.node.attributes.get_int("group", 1), site.weight.const_value.shape.numpy()
+    one_hot = np.eye(site.columns, dtype=np.float32).reshape(site.columns, *shape[1:])
+    weight = ir.Tensor(np.concatenate([one_hot] * groups), name="one_hot")
+    value = ir.Value(name="one_hot", const_value=weight)
+    model.graph.register_initializer(value)
+    attributes = {key: attribute.value for key, attribute in site.node.attributes.items()}
+    model.graph.append(ir.node("Conv", [site.input, value], attributes, outputs=[ir.Value(name="taps")]))
+    (taps,) = run(with_outputs(model, ["taps"]), feeds, outputs=["taps"])
+    return np.moveaxis(taps, 1, -1).reshape(-1, groups, site.columns).swapaxes(0, 1).astype(np.float64)
+
+
+def test_convolutions_are_measured_on_what_their_taps_meet():
+    """Each group of channels for itself; what meets the same is measured once."""
+    batches = [{"x": normal((n, 4, 9, 7), n)} for n in (2, 3)]
+    plan = SchemePlan(Scheme.parse("w8a8-static"))
+    algorithm, result = stream(kernels(), batches, plan, sequential=False, target="portable")
+    assert [names for names, _ in algorithm.seen] == [["a", "same"], ["other"], ["pairs"], ["deep"]]
+    assert sorted(only(result, "quantized")) == ["a", "deep", "other", "pairs", "same"]
+    shapes = {"a": (36, 36), "other": (36, 36), "pairs": (2, 18, 18), "deep": (4, 9, 9)}
+    for names, facts in algorithm.seen:
+        taps = [taps_of(kernels(), names[0], feeds) for feeds in batches]
+        want = sum(each.swapaxes(1, 2) @ each for each in taps)
+        assert facts.hessian.shape == shapes[names[0]]
+        assert facts.tokens == sum(each.shape[1] for each in taps)
+        got = facts.hessian.reshape(want.shape)
+        assert np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want), names
+
+
+def test_of_large_images_some_positions_are_measured(monkeypatch):
+    monkeypatch.setattr(streaming, "_MOST_PATCHES", 20)
+    batches = [{"x": normal((2, 4, 9, 7), n)} for n in (1, 2)]
+    plan = SchemePlan(Scheme.parse("w8a8-static"))
+    (_, facts), *_ = stream(kernels(), batches, plan, sequential=False, target="portable")[0].seen
+    # 5 x 7 positions of 2 samples: every second one along each axis.
+    taps = [taps_of(kernels(), "a", feeds).reshape(2, 5, 7, -1)[:, ::2, ::2].reshape(-1, 36) for feeds in batches]
+    want = sum(each.T @ each for each in taps)
+    assert facts.tokens == 2 * 2 * 3 * 4
+    assert np.linalg.norm(facts.hessian - want) <= 1e-6 * np.linalg.norm(want)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
-from benchmarks.peers import ort_int8
+from benchmarks import int8
 from benchmarks.zoo import efficientnet, exports, minilm, packages, texts
 from benchmarks.zoo.cache import ZooError
 from benchmarks.zoo.packages import PACKAGES, Package
@@ -161,8 +161,8 @@ def test_no_picture_is_both_measured_and_calibrated_on():
 # --- peers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["static-linears", "dynamic"])
-def test_ort_quantizes_in_a_process_of_its_own(way, tmp_path):
+@pytest.mark.parametrize("way", ["ort-static-linears", "ort-dynamic", "w8a8"])
+def test_everything_is_quantized_in_a_process_of_its_own(way, tmp_path):
     pytest.importorskip("sympy")  # ONNX Runtime's preparation needs it
     rng = np.random.default_rng(0)
     weight = numpy_helper.from_array(rng.standard_normal((16, 8)).astype(np.float32), "w")
@@ -170,16 +170,16 @@ def test_ort_quantizes_in_a_process_of_its_own(way, tmp_path):
     model = write(make_model(nodes, [value("x", (4, 16))], [value("y", (4, 8))], [weight]), tmp_path / "model.onnx")
     feeds = [{"x": rng.standard_normal((4, 16)).astype(np.float32)} for _ in range(2)]
     out = tmp_path / f"{way}.onnx"
-    cost = ort_int8.quantize(model, way, exports.write_feeds(tmp_path / "feeds", feeds), out)
+    cost = int8.quantize(model, way, exports.write_feeds(tmp_path / "feeds", feeds), out)
     assert out.exists()
     assert cost.seconds > 0
     assert cost.peak_mb > 0
 
 
 def test_models_with_other_figures_get_a_heading_of_their_own():
-    cost = ort_int8.Cost(2.0, 300.0)
-    rows = [ort_int8.Result(name, "static", {f: 0.5}, (0.5, 0.4, 0.6), 1.0, cost) for name, f in ("ax", "bx", "cy")]
-    lines = ort_int8.table(rows).splitlines()
+    cost = int8.Cost(2.0, 300.0)
+    rows = [int8.Result(name, "static", {f: 0.5}, (0.5, 0.4, 0.6), 1.0, cost) for name, f in ("ax", "bx", "cy")]
+    lines = int8.table(rows).splitlines()
     assert lines[0] == "| model | way | x | latency ratio | MB | seconds | peak MB |"
     assert lines[2] == "| a | static | 0.5000 | 0.50 (0.40 to 0.60) | 1.0 | 2 | 300 |"
     assert [line[:3] for line in lines[3:5]] == ["| b", ""]

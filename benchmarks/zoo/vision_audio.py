@@ -20,7 +20,7 @@ import json
 import os
 import string
 import wave
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,20 +142,29 @@ def character_error_rate(model: Path, lines: int = LINES) -> float:
     return errors / characters
 
 
-def text_mask(model: Path) -> np.ndarray:
-    """Return the text pixels that a PP-OCR detection model finds on rendered pages, bool [pages, height, width]."""
+def page_pixels(pages: int, *, training: bool = False) -> Iterator[np.ndarray]:
+    """Render pages of text as a detection model takes them, float32 [1, 3, height, width]."""
     from PIL import Image
 
-    session = open_session(model)
-    lines = iter(text_lines(PAGES * LINES_PER_PAGE, string.printable))
+    lines = iter(text_lines(pages * LINES_PER_PAGE, string.printable, training=training))
     mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's, per channel
-    masks = []
-    for page in range(PAGES):
+    for page in range(pages):
         sheet = Image.new("L", PAGE, "white")
         for row in range(LINES_PER_PAGE):
-            sheet.paste(render(next(lines), size=16 + 2 * page), (10 + 5 * row, 10 + 62 * row))
+            sheet.paste(render(next(lines), size=16 + 2 * (page % PAGES)), (10 + 5 * row, 10 + 62 * row))
         pixels = (np.asarray(sheet)[..., None] / 255 - mean) / deviation  # [height, width, 3]
-        masks.append(session.run(None, {"x": pixels.transpose(2, 0, 1)[None].astype(np.float32)})[0][0, 0] > TEXT_PIXEL)
+        yield pixels.transpose(2, 0, 1)[None].astype(np.float32)
+
+
+def page_feeds(count: int = 8) -> list[dict[str, np.ndarray]]:
+    """Return inputs to calibrate a detection model on: rendered pages of the training text."""
+    return [{"x": pixels} for pixels in page_pixels(count, training=True)]
+
+
+def text_mask(model: Path) -> np.ndarray:
+    """Return the text pixels that a PP-OCR detection model finds on rendered pages, bool [pages, height, width]."""
+    session = open_session(model)
+    masks = [session.run(None, {"x": pixels})[0][0, 0] > TEXT_PIXEL for pixels in page_pixels(PAGES)]
     return np.stack(masks)
 
 

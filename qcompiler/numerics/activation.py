@@ -4,6 +4,7 @@
 have no zero point, and their codes are the floats nearest to ``x / scale``.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,29 +67,50 @@ class ActivationSpec:
         return np.dtype(f"{'' if self.signed else 'u'}int{self.bits}")
 
 
-def activation_grid(low: float, high: float, spec: ActivationSpec) -> tuple[float, int]:
+# A step grows by a third at most to let a given number be a code.
+_STRETCH = 4 / 3
+
+
+def activation_grid(
+    low: float, high: float, spec: ActivationSpec, scale_dtype: str = "float32", anchor: float = 0.0
+) -> tuple[float, int]:
     """Scale and zero point of values in [low, high], which is widened to hold zero.
 
     Args:
         low: Smallest value to represent.
         high: Largest value to represent.
         spec: Format.
+        scale_dtype: numpy name of the dtype the scale is stored in: float32 or float16.
+        anchor: Another number that is to be a code, up to the scale's rounding, where that makes the steps no more than
+            a third coarser. Symmetric formats and 8-bit floats have none.
 
     Returns:
-        Scale, a positive normal number that float32 holds exactly, and zero point.
+        Scale, a positive normal number that the dtype holds exactly, and zero point.
     """
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     first, last = spec.limits
+    if anchor and not spec.symmetric and not spec.fp8:
+        low, high = _anchored(low, high, anchor, last - first)
     if spec.fp8:
         scale, zero = max(-low, high) / _FP8_MAX, 0
     elif spec.symmetric:
         scale, zero = max(-low, high) / (last - spec.middle), spec.middle
     else:
         scale, zero = (high - low) / (last - first), first
-    scale = max(scale, float(np.finfo(np.float32).tiny)) if scale else 1.0
+    scale = max(scale, float(np.finfo(scale_dtype).tiny)) if scale else 1.0
+    scale = float(np.dtype(scale_dtype).type(scale))
     if not spec.symmetric and not spec.fp8:
         zero = int(np.clip(np.rint(first - low / np.float32(scale)), first, last))
-    return float(np.float32(scale)), zero
+    return scale, zero
+
+
+def _anchored(low: float, high: float, anchor: float, steps: int) -> tuple[float, float]:
+    """The range as wide as it has to be for the anchor to be a code, or as it is where that takes too much."""
+    least, widest = min(low, anchor), max(high, anchor)
+    count = math.floor(steps * abs(anchor) / (widest - least))
+    if not count or steps * abs(anchor) / count > _STRETCH * (high - low):
+        return low, high
+    return least, least + steps * abs(anchor) / count
 
 
 def quantize_activation(values: np.ndarray, scale: float, zero_point: int, spec: ActivationSpec) -> np.ndarray:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.numerics.formats import IntFormat, int_format
+from qcompiler.errors import NumericsError
+from qcompiler.numerics.formats import FLOAT8_MAX, IntFormat, float8_bits, float8_values, int_format
 
 __all__ = [
     "Grid",
@@ -83,6 +84,8 @@ class WeightSpec:
 
     def __str__(self) -> str:
         """Scheme text, e.g. ``w4a16-g64-asym``."""
+        if self.fp8:
+            return "w8a8-fp8"
         return f"w{self.bits}a16-g{self.group_size}-{'sym' if self.symmetric else 'asym'}"
 
 
@@ -127,9 +130,28 @@ def _grouped(weight: np.ndarray, group_size: int) -> np.ndarray:
     return weight.reshape(rows, -1, group_size)
 
 
+def _joined(groups: np.ndarray, heads: int) -> np.ndarray:
+    """[N, G, group_size] -> [N / heads, G, heads * group_size]: what shares a scale, in one row."""
+    rows, count, size = groups.shape
+    joined: np.ndarray = groups.reshape(-1, heads, count, size).swapaxes(1, 2)
+    return joined.reshape(rows // heads, count, heads * size)
+
+
+def _whole_heads(rows: int, spec: WeightSpec) -> int:
+    """Rows that share a scale, at least 1; raises NumericsError where the weight does not consist of whole heads."""
+    heads = spec.head_size or 1
+    if rows % heads:
+        raise NumericsError(f"{rows} output channels are not whole heads of {heads}; use a scale for each channel")
+    return heads
+
+
 def _range_grid(low: np.ndarray, high: np.ndarray, spec: WeightSpec) -> tuple[np.ndarray, np.ndarray]:
     """Scale and zero point of groups that span [low, high] (low <= 0 <= high), any shape, float32."""
     fmt = spec.format
+    if spec.fp8:
+        scale = np.maximum(-low, high) / np.float32(FLOAT8_MAX)
+        scale = stored_scale(np.where(scale == 0, np.float32(1), scale), spec)
+        return scale, np.zeros_like(scale)
     if spec.symmetric:
         if spec.signed_scale:
             # The extreme value gets code 0, the one code that has no mirror image.
@@ -144,9 +166,9 @@ def _range_grid(low: np.ndarray, high: np.ndarray, spec: WeightSpec) -> tuple[np
     return scale, np.clip(np.rint(-low / scale), 0, fmt.qmax)
 
 
-def _row_blocks(function: Callable[[slice], None], rows: int, columns: int, threads: int) -> None:
-    """Call `function` on slices of rows, in `threads` threads; each row's result depends on that row alone."""
-    step = max(1, _BLOCK // max(columns, 1))
+def _row_blocks(function: Callable[[slice], None], rows: int, columns: int, threads: int, heads: int = 1) -> None:
+    """Call `function` on slices of whole heads of rows, in `threads` threads; heads do not depend on one another."""
+    step = max(1, _BLOCK // max(columns * heads, 1)) * heads
     parts = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
     if threads <= 1 or len(parts) == 1:
         for part in parts:
@@ -168,15 +190,16 @@ def min_max_grid(weight: np.ndarray, spec: WeightSpec, threads: int = 1) -> Grid
         Scale and zero point ``[N, G]``.
     """
     rows, columns = weight.shape
+    heads = _whole_heads(rows, spec)
     scale = np.empty((rows, spec.groups(columns)), np.float32)
     zero_point = np.empty_like(scale)
 
     def block(part: slice) -> None:
-        groups = _grouped(weight[part], spec.group_size)
-        low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
-        scale[part], zero_point[part] = _range_grid(low, high, spec)
+        units = _joined(_grouped(weight[part], spec.group_size), heads)
+        low, high = np.minimum(units.min(-1), 0), np.maximum(units.max(-1), 0)
+        scale[part], zero_point[part] = (np.repeat(each, heads, 0) for each in _range_grid(low, high, spec))
 
-    _row_blocks(block, rows, columns, threads)
+    _row_blocks(block, rows, columns, threads, heads)
     return Grid(scale, zero_point)
 
 
@@ -193,7 +216,8 @@ def clip_grid(
     Args:
         weight: float32 ``[N, K]``.
         spec: Target format.
-        importance: float32 ``[K]``, nonnegative; None weighs all columns alike.
+        importance: float32 ``[K]``, or ``[N, K]`` where it differs from row to row, nonnegative; None weighs all
+            columns alike.
         lowest: Smallest fraction of the range that is tried.
         threads: Threads to use; the result does not depend on it.
 
@@ -201,25 +225,31 @@ def clip_grid(
         Scale and zero point ``[N, G]``.
     """
     rows, columns = weight.shape
+    heads = _whole_heads(rows, spec)
     scale = np.empty((rows, spec.groups(columns)), np.float32)
     zero_point = np.empty_like(scale)
-    heed = np.ones((1, columns), np.float32) if importance is None else importance[None].astype(np.float32)
+    heed = np.ones(columns, np.float32) if importance is None else importance.astype(np.float32)
     # Scaled so that squared errors of tiny weights stay normal numbers; where a whole group is unheeded all count
     # alike.
-    heed = _grouped(heed / max(float(heed.mean()), 1e-30), spec.group_size)[0]  # [G, group_size]
+    heed = _grouped(np.atleast_2d(heed) / max(float(heed.mean()), 1e-30), spec.group_size)  # [N or 1, G, group_size]
     heed[heed.sum(-1) == 0] = 1
 
-    def block(part: slice) -> None:
-        scale[part], zero_point[part] = _search_clip(_grouped(weight[part], spec.group_size), heed, spec, lowest)
+    heed = _joined(heed, heads) if len(heed) > 1 else np.tile(heed, heads)
 
-    _row_blocks(block, rows, columns, threads)
+    def block(part: slice) -> None:
+        units = _joined(_grouped(weight[part], spec.group_size), heads)
+        own = heed[part.start // heads : part.stop // heads] if len(heed) > 1 else heed
+        found = _search_clip(units, own, spec, lowest)
+        scale[part], zero_point[part] = (np.repeat(each, heads, 0) for each in found)
+
+    _row_blocks(block, rows, columns, threads, heads)
     return Grid(scale, zero_point)
 
 
 def _search_clip(
     groups: np.ndarray, heed: np.ndarray, spec: WeightSpec, lowest: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Best scale and zero point [N, G] of groups [N, G, group_size]; heed [G, group_size]."""
+    """Best scale and zero point [N, G] of groups [N, G, group_size]; heed [N or 1, G, group_size]."""
     low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
     best_scale, best_zero = _range_grid(low, high, spec)
     best_loss = _rounding_loss(groups, heed, best_scale, best_zero, spec)
@@ -243,15 +273,19 @@ def _rounding_loss(
 ) -> np.ndarray:
     """Weighted squared error [N, G] of rounding groups [N, G, group_size] to a grid."""
     error = groups * (1 / scale)[..., None]
-    np.rint(error, out=error)
-    first, last = spec.limits
-    np.maximum(error, (first - zero)[..., None], out=error)
-    np.minimum(error, (last - zero)[..., None], out=error)
+    if spec.fp8:
+        error = float8_values(float8_bits(error))
+    else:
+        np.rint(error, out=error)
+        first, last = spec.limits
+        np.maximum(error, (first - zero)[..., None], out=error)
+        np.minimum(error, (last - zero)[..., None], out=error)
     error *= scale[..., None]
     error -= groups
     with np.errstate(over="ignore", invalid="ignore"):  # an error beyond 1e19 is infinitely bad
         np.square(error, out=error)
-        loss: np.ndarray = np.einsum("ngk,gk->ng", error, heed)
+        shared = len(heed) == 1
+        loss: np.ndarray = np.einsum("ngk,gk->ng" if shared else "ngk,ngk->ng", error, heed[0] if shared else heed)
     return loss
 
 
@@ -264,7 +298,7 @@ def round_to_grid(values: np.ndarray, scale: np.ndarray, zero_point: np.ndarray,
 
 
 def quantize(weight: np.ndarray, grid: Grid, spec: WeightSpec, threads: int = 1) -> np.ndarray:
-    """Round a weight to the nearest codes of its grid.
+    """Round a weight to the nearest codes of its grid; the codes of 8-bit floats are their bits.
 
     Args:
         weight: float32 ``[N, K]``.
@@ -281,7 +315,8 @@ def quantize(weight: np.ndarray, grid: Grid, spec: WeightSpec, threads: int = 1)
     def block(part: slice) -> None:
         groups = _grouped(weight[part], spec.group_size)
         scale, zero = grid.scale[part, :, None], grid.zero_point[part, :, None]
-        codes[part] = round_to_grid(groups, scale, zero, spec).reshape(len(groups), -1)[:, :columns]
+        rounded = float8_bits(groups / scale) if spec.fp8 else round_to_grid(groups, scale, zero, spec)
+        codes[part] = rounded.reshape(len(groups), -1)[:, :columns]
 
     _row_blocks(block, rows, columns, threads)
     return codes
@@ -291,7 +326,7 @@ def dequantize(codes: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, gro
     """Values of codes: ``(code - zero_point) * scale``.
 
     Args:
-        codes: uint8 ``[N, K]``.
+        codes: uint8 ``[N, K]``, or the numbers that the codes of 8-bit floats mean.
         scale: ``[N, G]``, any float dtype.
         zero_point: ``[N, G]``, whole numbers of any dtype.
         group_size: Columns in a group.

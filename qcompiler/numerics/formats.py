@@ -1,10 +1,15 @@
-"""The table of integer code formats; everything that depends on the number of bits asks here."""
+"""The table of integer code formats, and 8-bit floats; everything that depends on the number of bits asks here."""
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from qcompiler.errors import NumericsError
 
-__all__ = ["FORMATS", "IntFormat", "int_format"]
+__all__ = ["FLOAT8_MAX", "FORMATS", "IntFormat", "float8_bits", "float8_values", "int_format"]
+
+# The largest finite E4M3 number.
+FLOAT8_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -53,3 +58,18 @@ def int_format(bits: int) -> IntFormat:
         return FORMATS[bits]
     except KeyError:
         raise NumericsError(f"no {bits}-bit code format; known widths: {', '.join(map(str, FORMATS))}") from None
+
+
+def float8_bits(values: np.ndarray) -> np.ndarray:
+    """The bits, uint8, of the E4M3 numbers nearest to values (half to even); what is beyond 448 becomes 448."""
+    import ml_dtypes
+
+    limited = np.minimum(np.maximum(values, np.float32(-FLOAT8_MAX)), np.float32(FLOAT8_MAX))
+    return np.asarray(limited, ml_dtypes.float8_e4m3fn).view(np.uint8)
+
+
+def float8_values(bits: np.ndarray) -> np.ndarray:
+    """The numbers, float32, that the bits of E4M3 numbers mean."""
+    import ml_dtypes
+
+    return np.asarray(bits.view(ml_dtypes.float8_e4m3fn), np.float32)

@@ -13,7 +13,9 @@ import numpy as np
 
 __all__ = [
     "ErrorSums",
+    "channel_products",
     "error_sums",
+    "gain_free_noise",
     "kl_divergence",
     "log_softmax",
     "logits_divergence",
@@ -103,6 +105,36 @@ def _chunk_errors(reference: np.ndarray, approximation: np.ndarray) -> ErrorSums
             wide, error = np.where(both, wide, 0), np.where(both, error, 0)
             noise = float(error @ error)
         return ErrorSums(float(wide @ wide), noise, float(max(error.max(), -error.min())), lost, undefined)
+
+
+def channel_products(reference: np.ndarray, approximation: np.ndarray, axis: int) -> np.ndarray:
+    """Sums of ``r^2``, ``r a`` and ``a^2`` over each channel; what is not finite counts as zero.
+
+    Args:
+        reference: Any shape with the axis.
+        approximation: The same shape.
+        axis: The one that channels run along.
+
+    Returns:
+        float64 ``[3, C]``, C the size of `axis`.
+    """
+    wide = [np.moveaxis(array, axis, -1).reshape(-1, array.shape[axis]) for array in (reference, approximation)]
+    r, a = (np.nan_to_num(array.astype(np.float64), nan=0, posinf=0, neginf=0) for array in wide)
+    return np.stack([np.einsum("tc,tc->c", *pair) for pair in ((r, r), (r, a), (a, a))])
+
+
+def gain_free_noise(products: np.ndarray) -> float:
+    """Summed squared error that is left when each channel of the approximation is scaled as fits the reference best.
+
+    Args:
+        products: Sums of `channel_products`, ``[3, C]``.
+
+    Returns:
+        ``sum_c r^2 - (r a)^2 / a^2``, never below zero.
+    """
+    own, mixed, other = products
+    left = own - np.divide(mixed * mixed, other, out=np.zeros_like(own), where=other > 0)
+    return float(np.maximum(left, 0).sum())
 
 
 def sqnr_db(reference: np.ndarray, approximation: np.ndarray) -> float:

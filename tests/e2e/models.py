@@ -60,6 +60,7 @@ MODELS: Mapping[str, Callable[[], Path]] = {
 DATA: Mapping[str, Callable[[], Path]] = {
     "brown": lambda: bench() / "brown_train.npy",
     "lines": lambda: write_feeds(root() / "feeds-lines", vision_audio.line_feeds()),
+    "pages": lambda: write_feeds(root() / "feeds-pages", vision_audio.page_feeds()),
     "frames": lambda: write_feeds(root() / "feeds-frames", vision_audio.frame_feeds()),
     "texts": minilm.calibration_folder,
     "pictures": efficientnet.calibration_folder,

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from qcompiler.errors import NumericsError
 from qcompiler.numerics.affine import (
     Grid,
     WeightSpec,
@@ -289,3 +290,60 @@ def test_spec_counts_ragged_groups_and_prints_its_scheme():
     assert [spec.groups(columns) for columns in (1, 64, 65, 128)] == [1, 1, 2, 2]
     assert str(spec) == "w4a16-g64-asym"
     assert str(WeightSpec(8, 32, True)) == "w8a16-g32-sym"
+
+
+@pytest.mark.parametrize("heads", [1, 4, 12])
+@pytest.mark.parametrize("group", [16, 40])
+@FORM
+def test_rows_of_a_head_share_the_grid_that_spans_them_all(form, group, heads):
+    weight = normal((24, 40), 3) * np.linspace(0.1, 4, 24, dtype=np.float32)[:, None]
+    symmetric, signed = FORMS[form]
+    shared = min_max_grid(weight, WeightSpec(8, group, symmetric, signed, head_size=heads))
+    plain = WeightSpec(8, heads * group, symmetric, signed)
+    for row in range(0, 24, heads):
+        for at, start in enumerate(range(0, 40, group)):
+            unit = weight[row : row + heads, start : start + group].reshape(1, -1)
+            alone = min_max_grid(unit, plain)
+            assert (shared.scale[row : row + heads, at] == alone.scale).all()
+            assert (shared.zero_point[row : row + heads, at] == alone.zero_point).all()
+
+
+def test_heads_are_whole_whatever_the_threads(monkeypatch):
+    import qcompiler.numerics.affine as affine
+
+    spec, weight = WeightSpec(8, 64, True, False, head_size=6), normal((60, 64), 4)
+    whole = min_max_grid(weight, spec)
+    for block in (1, 64 * 7, 64 * 13):
+        monkeypatch.setattr(affine, "_BLOCK", block)
+        for threads in (1, 3):
+            np.testing.assert_array_equal(min_max_grid(weight, spec, threads).scale, whole.scale)
+    with pytest.raises(NumericsError, match="61 output channels are not whole heads of 6"):
+        min_max_grid(normal((61, 64), 4), spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "limits"),
+    [
+        (WeightSpec(8, 32, False), (0, 255)),
+        (WeightSpec(8, 32, True), (0, 255)),
+        (WeightSpec(8, 32, True, False), (1, 255)),
+        (WeightSpec(8, 32, True, False, reduced=True), (65, 191)),
+        (WeightSpec(4, 32, True, False), (1, 15)),
+        (WeightSpec(4, 32, True, True, reduced=True), (0, 15)),  # whole range: no 8-bit activation meets it
+    ],
+)
+def test_the_codes_that_are_used(spec, limits):
+    assert spec.limits == limits
+    weight = normal((16, 64), 5)
+    for grid in (min_max_grid(weight, spec), clip_grid(weight, spec)):
+        codes = quantize(weight, grid, spec)
+        assert limits[0] <= codes.min()
+        assert codes.max() <= limits[1]
+    if spec.symmetric and not spec.signed_scale:  # the range of each group is used to its end
+        codes = quantize(weight, min_max_grid(weight, spec), spec).reshape(16, 2, 32).astype(int) - spec.format.mid
+        assert (np.abs(codes).max(-1) == limits[1] - spec.format.mid).all()
+
+
+def test_a_pair_of_products_of_reduced_codes_fits_16_bits():
+    reach = WeightSpec(8, 32, True, False, reduced=True).limits[1] - 128
+    assert 2 * 255 * reach < 2**15 <= 2 * 255 * 127

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from qcompiler.numerics import affine
 from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, dequantize, min_max_grid, quantize, storage_dtype
 from qcompiler.numerics.formats import FORMATS
 from tests.builders import normal
@@ -147,3 +148,43 @@ def test_grids_are_stored_numbers():
         assert isinstance(grid, Grid)
         assert np.array_equal(grid.scale.astype(storage_dtype(dtype)).astype(np.float32), grid.scale)
         assert np.array_equal(grid.zero_point, grid.zero_point.astype(np.uint8))
+
+
+@pytest.mark.parametrize("each_row", [False, True])
+def test_rows_of_a_head_are_searched_together(each_row):
+    weight = normal((12, 40), 8) ** 3
+    importance = np.abs(normal((12, 40) if each_row else 40, 9))
+    found = clip_grid(weight, WeightSpec(4, 20, True, False, head_size=3), importance)
+    for row in range(0, 12, 3):
+        for at, start in enumerate((0, 20)):
+            part = (slice(row, row + 3), slice(start, start + 20))
+            heed = np.broadcast_to(importance, weight.shape)[part].reshape(-1)
+            alone = clip_grid(weight[part].reshape(1, -1), WeightSpec(4, 60, True, False), heed)
+            assert np.unique(found.scale[row : row + 3, at]).size == 1
+            assert found.scale[row, at] == pytest.approx(alone.scale[0, 0], rel=1e-6)
+
+
+@BITS
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_importance_may_differ_from_row_to_row(bits, symmetric):
+    """Each row as it would be alone, however much more is made of the others; one row is heeded by nobody."""
+    spec = WeightSpec(bits, 32, symmetric, False)
+    weight = np.random.default_rng(bits).standard_t(3, (12, 80)).astype(np.float32)
+    importance = np.square(normal((12, 80), seed=11)) * np.logspace(-15, 15, 12, dtype=np.float32)[:, None]
+    importance[5] = 0
+    grid = clip_grid(weight, spec, importance)
+    for n in range(12):
+        alone = clip_grid(weight[n : n + 1], spec, importance[n])
+        assert np.array_equal(grid.scale[n], alone.scale[0])
+        assert np.array_equal(grid.zero_point[n], alone.zero_point[0])
+    assert not np.array_equal(grid.scale, clip_grid(weight, spec).scale)
+
+
+def test_threads_share_rows_of_their_own_importance(monkeypatch):
+    monkeypatch.setattr(affine, "_BLOCK", 200)
+    spec = WeightSpec(4, 32, False)
+    weight, importance = normal((12, 80), seed=12), np.square(normal((12, 80), seed=13))
+    reference = clip_grid(weight, spec, importance)
+    assert np.array_equal(clip_grid(weight, spec, importance, threads=3).scale, reference.scale)
+    monkeypatch.undo()
+    assert np.array_equal(clip_grid(weight, spec, importance).scale, reference.scale)

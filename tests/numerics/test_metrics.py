@@ -7,7 +7,9 @@ import pytest
 
 from qcompiler.numerics.metrics import (
     ErrorSums,
+    channel_products,
     error_sums,
+    gain_free_noise,
     kl_divergence,
     log_softmax,
     logits_divergence,
@@ -141,3 +143,23 @@ def test_agreement_compares_places_of_the_largest():
     other = np.array([[[0.0, 9.0, 8.0], [1.0, 2.0, 0.0]]])
     assert top1_agreement(reference, other).tolist() == [[True, False]]
     assert logits_divergence(reference[0], other[0])[1].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_what_no_gain_of_a_channel_removes_is_found_by_a_search(axis):
+    reference = normal((3, 4, 5), seed=13)
+    other = reference * np.array([0.5, -2, 1, 30], np.float32)[:, None] + normal((3, 4, 5), seed=14, scale=0.1)
+    left = 0.0
+    for r, a in zip(np.moveaxis(reference, axis, 0), np.moveaxis(other, axis, 0), strict=True):
+        wide = (r.astype(np.float64).reshape(-1, 1), a.astype(np.float64).reshape(-1, 1))
+        gain = np.linalg.lstsq(wide[1], wide[0], rcond=None)[0][0, 0]
+        left += float(((wide[0] - gain * wide[1]) ** 2).sum())
+    assert gain_free_noise(channel_products(reference, other, axis)) == pytest.approx(left, rel=1e-9)
+
+
+def test_channels_without_signal_or_numbers_have_no_noise_of_their_own():
+    reference = np.array([[1.0, 2.0], [3.0, np.inf]])
+    other = np.array([[2.0, 0.0], [6.0, np.nan]])
+    products = channel_products(reference, other, -1)
+    assert products.tolist() == [[10, 4], [20, 0], [40, 0]]
+    assert gain_free_noise(products) == pytest.approx(4)

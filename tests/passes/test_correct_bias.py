@@ -7,8 +7,6 @@ import pytest
 from qcompiler.errors import CalibrationError
 from qcompiler.graph import PASS_KEY
 from qcompiler.passes import load
-from qcompiler.convolution import Geometry, tap_sums
-from qcompiler.passes.correct_bias import mean_error
 from qcompiler.sites import find_sites
 from tests.builders import (
     Ticks,
@@ -26,6 +24,7 @@ from tests.builders import (
     token_batches,
     with_outputs,
 )
+from tests.test_convolution import CONVOLUTIONS
 
 COARSE = "w2a16-g16-asym"  # an error of some size
 
@@ -96,27 +95,6 @@ def test_a_linear_layer_has_no_mean_error(case):
     assert again.records[0].reason == "bias not corrected: its float weight is gone, or it was corrected before"
 
 
-# Attributes and shape of the weight; the input has four channels.
-CONVOLUTIONS = {
-    "kernel of one": ("", (6, 4, 1, 1)),
-    "padding": ("<pads = [1, 1, 1, 1]>", (6, 4, 3, 3)),
-    "uneven padding": ("<pads = [0, 2, 1, 0]>", (6, 4, 3, 2)),
-    "stride": ("<strides = [2, 3]>", (6, 4, 3, 3)),
-    "stride and padding": ("<strides = [2, 2], pads = [1, 1, 1, 1]>", (6, 4, 3, 3)),
-    "a kernel of one with stride": ("<strides = [2, 2]>", (6, 4, 1, 1)),
-    "dilation": ("<dilations = [2, 3], pads = [2, 3, 2, 3]>", (6, 4, 3, 3)),
-    "groups": ("<group = 2, pads = [1, 1, 1, 1]>", (6, 2, 3, 3)),
-    "depthwise": ("<group = 4, pads = [1, 1, 1, 1], strides = [2, 1]>", (4, 1, 3, 3)),
-    "depthwise with a multiplier": ("<group = 4>", (8, 1, 3, 3)),
-    "same upper": ('<auto_pad = "SAME_UPPER", strides = [2, 2]>', (6, 4, 4, 4)),
-    "same lower": ('<auto_pad = "SAME_LOWER", strides = [2, 2]>', (6, 4, 4, 4)),
-    "valid": ('<auto_pad = "VALID">', (6, 4, 3, 3)),
-    "one dimension": ("<pads = [2, 2], strides = [2]>", (6, 4, 5)),
-    "three dimensions": ("<pads = [1, 0, 1, 1, 1, 0]>", (6, 4, 3, 2, 3)),
-    "a kernel larger than the input": ("<pads = [4, 4, 4, 4], dilations = [1, 4]>", (6, 4, 9, 3)),
-}
-
-
 def images(rank):
     sizes = (9, 7, 5)[: rank - 2]
     return feeds_of((2, 4, *sizes), (1, 4, *(size + 1 for size in sizes)))
@@ -129,20 +107,6 @@ def conv_model(attributes, shape, *, bias, kind="float"):
     return parse(text, {"w": normal(shape, 1, dtype), **({"b": normal(shape[0], 2, dtype)} if bias else {})})
 
 
-@pytest.mark.parametrize("case", CONVOLUTIONS)
-def test_the_mean_of_a_convolution_follows_from_what_its_taps_meet(case):
-    """ONNX Runtime's convolution is the oracle; batches differ in size."""
-    attributes, shape = CONVOLUTIONS[case]
-    model = conv_model(attributes, shape, bias=False)
-    batches = images(len(shape))
-    want, size = channel_means(model, batches, axis=1)
-    parts = [tap_sums(feeds["x"], Geometry.of(model.graph[0])) for feeds in batches]
-    means = sum(sums for sums, _ in parts) / sum(count for _, count in parts)
-    assert means.dtype == np.float64
-    weight = model.graph.initializers["w"].const_value.numpy()
-    assert np.abs(mean_error(weight.reshape(len(weight), -1), means) - want).max() < 1e-6 * size
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_a_convolution_has_no_mean_error(case, bias):
@@ -150,7 +114,7 @@ def test_a_convolution_has_no_mean_error(case, bias):
     model = conv_model(attributes, shape, bias=bias)
     batches = images(len(shape))
     want, size = channel_means(model, batches, axis=1)
-    ctx = coarse(model, batches, "w8a8-static")
+    ctx = coarse(model, batches, "w8a8-static", target="portable")
     before = np.abs(channel_means(model, batches, axis=1)[0] - want).max()
     result = apply("correct_bias", model, ctx)
     assert only(result, "quantized") == ["conv"]
@@ -158,14 +122,6 @@ def test_a_convolution_has_no_mean_error(case, bias):
     after = np.abs(channel_means(model, batches, axis=1)[0] - want).max()
     assert after < 1e-6 * size
     assert before > 10 * after
-
-
-def test_taps_that_never_meet_the_input_have_no_sum():
-    geometry = Geometry((5,), (1,), (1,), (4, 4))
-    sums, count = tap_sums(np.array([[[1.0]]]), geometry)
-    assert (sums.tolist(), count) == ([[1.0] * 5], 5)
-    sums, count = tap_sums(np.array([[[1.0]]]), Geometry((3,), (2,), (1,), (1, 1)))
-    assert (sums.tolist(), count) == ([[0.0, 1.0, 0.0]], 1)
 
 
 def test_padding_tokens_do_not_count():
@@ -266,7 +222,7 @@ def test_half_precision():
     batches = feeds_of((2, 4, 9, 7), (1, 4, 9, 7), dtype="float16")
     model = conv_model("<pads = [1, 1, 1, 1]>", (6, 4, 3, 3), bias=False, kind="float16")
     want, size = channel_means(model, batches, axis=1)
-    ctx = coarse(model, batches, "w8a8-static")
+    ctx = coarse(model, batches, "w8a8-static", target="portable")
     assert apply("correct_bias", model, ctx).modified
     assert model.graph.initializers["w_bias"].dtype == ir.DataType.FLOAT16
     # The bias and each output are rounded to 11 bits.

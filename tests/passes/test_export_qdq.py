@@ -15,6 +15,7 @@ from qcompiler.scheme import Scheme, SchemePlan
 from qcompiler.session import OrtRunner
 from qcompiler.sites import find_sites
 from tests.builders import apply, context, linear_model, normal, only, parse, quantized, run, serialized, text_of
+from tests.integer_models import ROWS, TOKENS, WEIGHTS, batches, check, graph, integers
 
 SYMMETRY = pytest.mark.parametrize("form", ["sym", "asym"])
 
@@ -373,3 +374,122 @@ def test_what_has_no_such_form_is_refused(text, shape, opset, message):
     with pytest.raises(PassError) as caught:
         apply("export_qdq", model)
     assert str(caught.value) == message
+
+
+def integer(body, kind=ROWS, scheme="w8a8", weights=None, **options):
+    """A lowered model whose activations are quantized, its float outputs on the feeds, and the feeds."""
+    model, data = graph(body, kind), batches(kind)
+    for name, array in (weights or {}).items():
+        model.graph.initializers[name].const_value = ir.Tensor(array, name=name)
+    reference = run(model, data[0])
+    integers(model, data, scheme, calibrator="minmax", **options)
+    return model, reference, data[0]
+
+
+def constant(model, name):
+    return model.graph.initializers[name].const_value.numpy()
+
+
+@pytest.mark.parametrize("form", ["plain", "transposed", "row", "MatMul and Add", "Add of a row"])
+def test_the_bias_of_an_integer_gemm_is_codes_in_the_scale_of_the_product(form):
+    body = {
+        "plain": "[fc] y = Gemm(x, m0, b0)",
+        "transposed": "[fc] y = Gemm <transB = 1> (x, m0, b0)",
+        "row": "[fc] y = Gemm(x, m0, b0)",
+        "MatMul and Add": "[fc] h = MatMul(x, m0) y = Add(h, b0)",
+        "Add of a row": "[fc] h = MatMul(x, m0) y = Add(b0, h)",
+    }[form]
+    bias = WEIGHTS["b0"].reshape(1, 8) if "row" in form else WEIGHTS["b0"]
+    model, reference, feeds = integer(body, weights={"b0": bias})
+    name = "b0_vector" if "row" in form else "b0"
+    codes, scales = constant(model, f"{name}_codes"), constant(model, f"{name}_scales")
+    assert codes.dtype == np.int32
+    np.testing.assert_allclose(scales, constant(model, "m0_scales") * constant(model, "x_scale"), rtol=1e-6)
+    np.testing.assert_array_equal(codes, np.rint(WEIGHTS["b0"] / scales.astype(np.float64)))
+    assert constant(model, "m0_zero_points").dtype == np.int8
+    assert not constant(model, "m0_zero_points").any()
+    assert check(model, reference, feeds, 38) == ["QGemm"]  # one rounding of 8 bits
+
+
+@pytest.mark.parametrize("form", ["Gemm(x, m0, b0)", "MatMul(x, m0)"])
+@pytest.mark.parametrize("problem", ["a bias too large for its scale", "a column of zeros"])
+def test_a_bias_without_codes_stays_float_and_exact(form, problem):
+    weight = WEIGHTS["m0"].copy()
+    weight[:, 3] *= 0 if problem == "a column of zeros" else 1e-12
+    body = f"[fc] y = {form}" if "b0" in form else f"[fc] h = {form} y = Add(h, b0)"
+    model, reference, feeds = integer(body, weights={"m0": weight})
+    assert "b0_codes" not in model.graph.initializers
+    np.testing.assert_allclose(run(model, feeds, optimize=True)[0][:, 3], WEIGHTS["b0"][3], rtol=1e-6)
+    assert check(model, reference, feeds, 38) == ["MatMulIntegerToFloat", "Sub"]
+
+
+def test_biases_that_are_computed_or_shared():
+    model, reference, feeds = integer("n = Neg(b0) [one] h = Gemm(x, m0, n) [two] g = Gemm(x, m1, b1) [three] "
+                                      "f = Gemm(g, m2, b1) s = Mul(h, f) y = Mul(s, g)")  # fmt: skip
+    assert sum(name.startswith("b1_codes") for name in model.graph.initializers) == 2
+    operators = check(model, reference, feeds, 30)  # a product of four roundings
+    assert operators.count("QGemm") == 2
+
+
+@pytest.mark.parametrize("shape", ["float[B,8]", "float[12,8]", "float[1,12,8]", "float[B,T,8]"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic-tensor"])
+@pytest.mark.parametrize("other", ["b0", "x"])
+def test_an_add_makes_no_float_gemm_of_an_integer_product(shape, scheme, other):
+    model = graph(f"[fc] h = MatMul(x, m0) y = Add(h, {other})", (f"{shape} x", f"{shape} y"))
+    x = normal((1, 12, 8) if shape.count(",") == 2 else (12, 8), 1)
+    reference = run(model, {"x": x})
+    integers(model, [{"x": x}], scheme)
+    assert "Gemm" not in " ".join(op for op in check(model, reference, {"x": x}, 38) if op != "QGemm")
+    plain = run(model, {"x": x}, optimize=True)[0]
+    assert plain.shape == x.shape
+
+
+def test_a_product_that_others_read_too_keeps_its_add():
+    model, reference, feeds = integer("[fc] h = MatMul(x, m0) a = Add(h, b0) y = Mul(a, h)")
+    assert [node.op_type for node in model.graph][-2:] == ["Add", "Mul"]
+    assert check(model, reference, feeds, 35) == ["Add", "MatMulIntegerToFloat", "Mul"]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "shape"), [("", (8, 8, 3, 3)), ("group = 2, ", (8, 8, 3, 3)), ("group = 32, ", (32, 1, 3, 3))]
+)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-head4"])
+def test_convolutions_have_a_scale_for_each_output_channel(attributes, shape, scheme):
+    N, channels = shape[0], {"": 8, "group = 2, ": 16, "group = 32, ": 32}[attributes]
+    weight = normal(shape, 1) * np.linspace(0.1, 1, N, dtype=np.float32)[:, None, None, None]
+    text = f"""g (float[B,{channels},6,6] x) => (float[B,{N},6,6] y) {{
+        [c] y = Conv <{attributes}pads = [1, 1, 1, 1]> (x, w0, b0)
+    }}"""
+    model, feeds = parse(text, {"w0": weight, "b0": normal(N, 2)}), {"x": normal((2, channels, 6, 6), 3)}
+    reference = run(model, feeds)
+    integers(model, [feeds], scheme, target="portable")  # which refuses none for being faster in float
+    largest = np.abs(weight).reshape(N, -1).max(1)
+    if scheme == "w8a8-head4":
+        largest = np.repeat(largest.reshape(-1, 4).max(1), 4)
+    np.testing.assert_allclose(constant(model, "w0_scales"), largest / 127, rtol=1e-6)
+    codes = constant(model, "w0_codes")
+    assert (codes.dtype, codes.shape) == (np.int8, shape)
+    np.testing.assert_array_equal(codes, np.rint(weight / constant(model, "w0_scales")[:, None, None, None]))
+    conv = next(node for node in model.graph if node.op_type == "Conv")
+    assert conv.inputs[2].name == "b0"  # ONNX Runtime makes int32 codes of it
+    assert check(model, reference, feeds, 35) == ["QLinearConv"]
+
+
+def test_16_bit_activations_meet_a_float_bias():
+    model, reference, feeds = integer("[fc] y = Gemm(x, m0, b0)", scheme="w8a16int", target="portable")
+    gemm = model.graph[-1]
+    assert (gemm.op_type, gemm.inputs[2].name) == ("Gemm", "b0")
+    assert check(model, reference, feeds, 40) == ["Gemm"]  # the rounding of the weights alone
+
+
+def test_tensorrt_gets_float_biases():
+    for body in ("[fc] y = Gemm(x, m0, b0)", "[fc] h = MatMul(x, m0) y = Add(h, b0)"):
+        model, reference, feeds = integer(body, target="tensorrt")
+        assert not any("b0_" in name for name in model.graph.initializers)
+        assert model.graph[-1].op_type == ("Gemm" if "Gemm" in body else "Add")
+        check(model, reference, feeds, 38)
+
+
+def test_sites_that_share_a_weight_run_on_integers_each():
+    model, reference, feeds = integer("[one] h = MatMul(x, m0) n = Neg(h) [two] y = MatMul(n, m0)", TOKENS)
+    assert check(model, reference, feeds, 35).count("MatMulIntegerToFloat") == 2

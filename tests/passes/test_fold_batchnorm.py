@@ -302,3 +302,60 @@ def test_it_belongs_where_activations_are_quantized():
     assert kind.applies(context(plan=SchemePlan(w4a16, overrides=((Pattern("re:conv"), w8a8),))).config)
     assert not kind.applies(context(scheme="w4a16").config)
     assert not kind.applies(context(scheme="w4a8").config)
+
+
+# In front of convolutions: nodes that compute h from x, constants.
+IN_FRONT = {
+    "a scale": ("h = Mul(x, k)", {"k": 0.3}),
+    "a negative scale from the left": ("h = Mul(k, x)", {"k": -2.0}),
+    "a quotient": ("h = Div(x, k)", {"k": 4.0}),
+    "a shift": ("h = Add(x, k)", {"k": 0.7}),
+    "down": ("h = Sub(x, k)", {"k": 0.7}),
+    "subtracted from one": ("h = Sub(k, x)", {"k": 1.0}),
+    "both": ("a = Mul(x, k) h = Add(a, l)", {"k": 0.3, "l": -0.7}),
+}  # fmt: skip
+
+
+def in_front(body, constants, *, pads=0, bias=True):
+    weights = {"w": normal((6, 4, 3, 3), 1), "v": normal((5, 4, 1, 1), 2), **({"b": normal(6, 3)} if bias else {})}
+    weights |= {name: np.array(value, np.float32) for name, value in constants.items()}
+    attributes = f"<pads = [{', '.join([str(pads)] * 4)}]>"
+    layers = f"[one] y = Conv {attributes} (h, w{', b' if bias else ''}) [two] z = Conv(h, v)"
+    outputs = "float[B,6,H,W] y, float[B,5,I,J] z"
+    return parse(f"g (float[B,4,8,8] x) => ({outputs}) {{ {body} {layers} }}", weights)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", IN_FRONT)
+def test_what_stands_in_front_of_convolutions_goes_into_all_of_them(case, bias):
+    body, constants = IN_FRONT[case]
+    model = in_front(body, constants, bias=bias)
+    x = {"x": normal((2, 4, 8, 8), 9)}
+    want = run(model, x)
+    result = apply("fold_batchnorm", model)
+    assert set(only(result, "rewritten")) == {"one", "two"}
+    assert [node.op_type for node in model.graph] == ["Conv", "Conv"]
+    for got, expected in zip(run(model, x), want, strict=True):
+        assert np.allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_scaled_and_not_shifted():
+    model = in_front("h = Mul(x, k)", {"k": 0.3}, pads=1)
+    assert apply("fold_batchnorm", model).modified
+    model = in_front("a = Mul(x, k) h = Add(a, l)", {"k": 0.3, "l": 0.7}, pads=1)
+    before = text_of(model)
+    assert not apply("fold_batchnorm", model).modified
+    assert text_of(model) == before
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = Mul(x, k) o = Neg(h)", "h = Div(k, x)", "h = Mul(x, each)", "h = Div(x, nil)", "h = Mul(x, x)",
+    ],
+)  # fmt: skip
+def test_what_in_front_of_a_convolution_stays(body):
+    model = in_front(body, {"k": 2.0, "nil": 0.0, "each": normal((4, 1, 1), 4)})
+    before = text_of(model)
+    assert not apply("fold_batchnorm", model).modified
+    assert text_of(model) == before

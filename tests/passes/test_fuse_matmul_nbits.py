@@ -285,3 +285,27 @@ def test_it_applies_to_its_output_form_alone():
     step = load("fuse_matmul_nbits")
     assert step.applies(context().config)
     assert not step.applies(context(output_format="qdq").config)
+
+
+@pytest.mark.parametrize(("scheme", "bits"), [("w4a8", 4), ("w2a8-g32", 2), ("w8a8-g32", 8), ("w4a16", 4)])
+@pytest.mark.parametrize("wanted", [None, 0, 1])
+def test_8_bit_activations_by_blocks_are_the_kernels_work(scheme, bits, wanted):
+    model = linear_model(64, 24)
+    ctx = context(scheme=scheme, accuracy_level=wanted)
+    quantized(model, ctx)
+    for name in ("insert_qdq", "insert_dynamic"):
+        assert not apply(name, model, ctx).modified
+    result = apply("fuse_matmul_nbits", model, ctx)
+    (node,) = model.graph
+    assert node.op_type == "MatMulNBits"
+    assert node.attributes["bits"].as_int() == bits
+    level = 4 if "a8" in scheme else 0 if wanted is None else wanted
+    assert node.attributes["accuracy_level"].as_int() == level
+    assert result.records[0].reason.endswith(f"accuracy level {level}")
+
+
+def test_sites_whose_activations_the_graph_quantizes_are_left_to_export_qdq():
+    model = linear_model(64, 24)
+    ctx = context(scheme="w8a8-dynamic")
+    quantized(model, ctx)
+    assert not apply("fuse_matmul_nbits", model, ctx).modified

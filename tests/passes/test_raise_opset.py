@@ -8,6 +8,7 @@ import pytest
 from qcompiler.errors import PassError, SchemeError
 from qcompiler.files.loader import load_model
 from qcompiler.files.saver import save_model
+from qcompiler.scheme import Pattern, Scheme, SchemePlan
 from tests.builders import apply, context, linear_model, normal, parse, quantized, run, text_of, value_names
 from tests.stored_models import externalize
 
@@ -188,3 +189,33 @@ def test_metadata_names_and_external_weights_stay(tmp_path):
     proto = onnx.load(tmp_path / "new.onnx")
     onnx.checker.check_model(proto, full_check=True)
     assert proto.ir_version == 7
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "target", "opset"),
+    [
+        ("w8a8", "float32", "cpu", 13),
+        ("w8a8-dynamic", "float32", "cpu", 13),
+        ("w8a8", "float16", "cpu", 19),
+        ("w8a16int", "float32", "portable", 21),
+    ],
+)
+def test_what_quantized_activations_need_whatever_the_output_form(scheme, dtype, target, opset):
+    model = linear_model(opset=11, dtype=dtype)
+    ctx = context(scheme=scheme, target=target)
+    apply("assign_scheme", model, ctx)
+    assert apply("raise_opset", model, ctx).modified
+    assert model.opset_imports[""] == opset
+
+
+def test_a_site_that_keeps_its_kernel_needs_no_opset_beside_one_that_is_quantized_in_the_graph():
+    plan = SchemePlan(Scheme.parse("w4a8"), overrides=((Pattern("two"), Scheme.parse("w8a8-dynamic")),))
+    model = parse(
+        "g (float[2,64] x) => (float[2,64] y) { [one] h = MatMul (x, w) [two] y = MatMul (h, v) }",
+        {"w": normal((64, 64), 0), "v": normal((64, 64), 1)},
+        opset=12,
+    )
+    ctx = context(plan=plan)
+    apply("assign_scheme", model, ctx)
+    apply("raise_opset", model, ctx)
+    assert model.opset_imports[""] == 13  # not the 21 of 4-bit types

@@ -184,26 +184,76 @@ def test_the_search_runs_for_every_scheme(scheme):
     assert record.metrics["relative_error"] <= record.metrics["relative_error_before"]
 
 
-def residual_model():
+def residual_model(loud=1.0):
+    """A normalization whose result is added to something too, so that nothing can be folded into it."""
     text = f"""g (float[B,S,{K}] x) => (float[B,S,{N}] y, float[B,S,{K}] r) {{
         [norm] n = LayerNormalization(x, gamma) [a] y = MatMul(n, w) [add] r = Add(n, x) }}"""
-    return assigned(parse(text, {"gamma": 1 + normal(K, 1, scale=0.3), "w": normal((K, N), 2)}))
+    gamma = 1 + normal(K, 1, scale=0.3)
+    gamma[[3, 11, 30]] *= loud
+    return assigned(parse(text, {"gamma": gamma, "w": normal((K, N), 2)}))
 
 
-def test_what_cannot_be_folded_is_skipped_or_given_a_node():
+INSERTED = ["LayerNormalization", "Mul", "MatMul", "Add"]
+
+
+@pytest.mark.parametrize("options", [{"insert": "never"}, {}, {"insert": "worth", "search": True}], ids=str)
+def test_what_cannot_be_folded_is_skipped(options):
+    """Where that is not wanted, or, with channels of about one loudness, where the error would not halve."""
     model = residual_model()
     before = serialized(model)
-    result = smoothed(model)
+    result = smoothed(model, **options)
     (record,) = result.records
     assert (record.site, record.action) == ("a", "skipped")
+    assert record.reason.startswith("not smoothed: ")
     assert "'n' has another reader: Add 'add'" in record.reason
     assert not result.modified
     assert serialized(model) == before
-    result = smoothed(model, insert=True)
-    assert [node.op_type for node in model.graph] == ["LayerNormalization", "Mul", "MatMul", "Add"]
+    if options.get("insert") != "never":
+        error = w8a8_error(residual_model(), rounded_rows, batches()[0])
+        assert record.metrics["relative_error_before"] == pytest.approx(error, rel=0.2)
+        assert record.metrics["relative_error"] == record.metrics["relative_error_before"]
+
+
+@pytest.mark.parametrize("loud", [1.0, 40.0])
+def test_a_node_is_inserted_where_it_always_may_be(loud):
+    model = residual_model(loud)
+    result = smoothed(model, insert="always")
+    assert [node.op_type for node in model.graph] == INSERTED
     assert result.records[0].reason == "a Mul was inserted"
-    for got, wanted in zip(run(model, batches()[0]), run(residual_model(), batches()[0]), strict=True):
+    assert result.modified
+    for got, wanted in zip(run(model, batches()[0]), run(residual_model(loud), batches()[0]), strict=True):
         assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_node_is_inserted_where_the_error_at_least_halves(search):
+    """The error is measured anew in each model, on the rows that the pass has seen."""
+    (data,) = [batches(1)]
+    inserted = []
+    for loud in (1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 40.0):
+        best = plain = w8a8_error(residual_model(loud), rounded_rows, data[0])
+        for alpha in [step / 20 for step in range(21)] if search else [0.7]:
+            always = residual_model(loud)
+            smoothed(always, data, insert="always", alpha=alpha)
+            best = min(best, w8a8_error(always, rounded_rows, data[0]))
+        model = residual_model(loud)
+        (record,) = smoothed(model, data, search=search).records
+        inserted.append("Mul" in [node.op_type for node in model.graph])
+        assert inserted[-1] == (best < 0.5 * plain)
+        assert record.action == ("scaled" if inserted[-1] else "skipped")
+        assert record.metrics["relative_error_before"] == pytest.approx(plain, rel=1e-3)
+        assert record.metrics["relative_error"] == pytest.approx(best if inserted[-1] else plain, rel=1e-3)
+    assert inserted == sorted(inserted)
+    assert set(inserted) == {False, True}
+
+
+def test_what_is_folded_needs_not_halve_the_error():
+    """`insert` is about nodes alone."""
+    for insert in ("never", "worth", "always"):
+        model = loud_model(loud=1.0)
+        (record,) = smoothed(model, insert=insert).records
+        assert (record.action, record.reason) == ("scaled", "smoothed with b")
+        assert [node.op_type for node in model.graph] == ["LayerNormalization", "MatMul", "MatMul"]
 
 
 def test_a_site_inside_a_body_is_skipped():
@@ -220,7 +270,7 @@ def test_a_site_inside_a_body_is_skipped():
 def test_nothing_to_measure_with_is_an_error_only_where_something_is_to_be_measured():
     with pytest.raises(CalibrationError, match="needs calibration data"):
         apply("smoothquant", loud_model(), context())
-    assert not apply("smoothquant", residual_model(), context()).modified
+    assert not apply("smoothquant", residual_model(), context(), insert="never").modified
 
 
 def test_the_result_does_not_depend_on_threads():
@@ -251,7 +301,7 @@ def test_numbers_that_are_not_finite_are_named():
         smoothed(loud_model(), data)
 
 
-@pytest.mark.parametrize("options", [{"alpha": 1.5}, {"alpha": -0.1}, {"rows": 0}], ids=str)
+@pytest.mark.parametrize("options", [{"alpha": 1.5}, {"alpha": -0.1}, {"rows": 0}, {"insert": True}], ids=str)
 def test_options_that_mean_nothing(options):
     with pytest.raises(SchemeError, match="smoothquant"):
         smoothed(loud_model(), **options)

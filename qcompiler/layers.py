@@ -1,0 +1,69 @@
+"""Layers with constant weights, Conv, ConvTranspose and Gemm, and what passes that rescale them need to know."""
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.graph import constant_array
+from qcompiler.lowering import add_constant
+
+__all__ = ["channel_view", "clip_bounds", "is_constant", "label", "output_channels", "store_constant"]
+
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+
+
+def label(node: ir.Node) -> str:
+    """What reports call a node."""
+    return node.name or node.outputs[0].name or node.op_type
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether an input is an initializer."""
+    return value is not None and value.const_value is not None and value.is_initializer()
+
+
+def output_channels(node: ir.Node) -> int:
+    """The number of a layer's output channels."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    first, second = weight.const_value.shape.numpy()[:2]
+    if node.op_type == "Conv" or node.attributes.get_int("transB", 0) == 1:
+        return int(first)
+    return int(second) * node.attributes.get_int("group", 1)
+
+
+def channel_view(node: ir.Node, weight: np.ndarray) -> np.ndarray:
+    """A layer's contiguous weight as a view [groups, outputs, inputs, taps]; channels count through the groups."""
+    if node.op_type in _CONVOLUTIONS:
+        groups = node.attributes.get_int("group", 1)
+        view = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
+        return view if node.op_type == "Conv" else view.swapaxes(1, 2)
+    view = weight.reshape(1, *weight.shape, 1)
+    return view if node.attributes.get_int("transB", 0) == 1 else view.swapaxes(1, 2)
+
+
+def store_constant(node: ir.Node, index: int, array: np.ndarray) -> None:
+    """Let a node's input be a constant; what others read too, or the caller gets, stays as it is for them."""
+    old = node.inputs[index] if index < len(node.inputs) else None
+    if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
+        old.const_value = ir.Tensor(array, name=old.name)
+        old.shape = ir.Shape(array.shape)
+        return
+    graph, weight = node.graph, node.inputs[1]
+    assert graph is not None and weight is not None
+    name = f"{weight.name}_bias" if old is None else f"{old.name}_{label(node)}"
+    node.resize_inputs(max(index + 1, len(node.inputs)))
+    node.replace_input_with(index, add_constant(graph, name, array))
+
+
+def clip_bounds(node: ir.Node) -> tuple[float, float] | None:
+    """The bounds of a Clip as far as they are constants, else None."""
+    if node.op_type != "Clip":
+        return None
+    bounds = [node.attributes.get_float("min", -np.inf), node.attributes.get_float("max", np.inf)]
+    for index, value in enumerate(node.inputs[1:3]):
+        if value is not None and not is_constant(value):
+            return None
+        if value is not None:
+            bounds[index] = float(constant_array(value).reshape(-1)[0])
+    # Older exporters write the largest float for no bound.
+    return bounds[0], bounds[1] if bounds[1] < np.finfo(np.float32).max else np.inf
