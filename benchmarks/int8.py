@@ -129,7 +129,7 @@ SUBJECTS = {
         efficientnet.calibration_folder,
         _crops,
         efficientnet.FIGURES,
-        {"w8a8": STATIC, "w8a8-exclude-worst-2": (*STATIC, "--exclude-worst", "2")},
+        {"w8a8": STATIC},
     ),
     "ocr-recognition": _ocr("character_error_rate", _lines),
     "ocr-detection": _ocr("text_mask_overlap", _pages),

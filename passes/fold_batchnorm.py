@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
 from qcompiler.graph import constant_array, constant_scalar, walk
+from qcompiler.layers import channel_view, is_constant, label, output_channels, store_constant
 from qcompiler.lowering import add_constant, make_node
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, quantizes_activations
 from qcompiler.records import SiteRecord
@@ -56,12 +57,12 @@ class FoldBatchnorm(QuantPass):
                 folded = self._fold(node, refused)
                 if folded:
                     reason = f"{', '.join(folded)} folded into its weight and bias"
-                    records.append(SiteRecord(names.get(node, _name(node)), "rewritten", reason=reason))
+                    records.append(SiteRecord(names.get(node, label(node)), "rewritten", reason=reason))
         # The last one of several first, which alone has convolutions for readers.
         for node, _ in reversed(list(walk(model.graph))):
             if node.graph is not None and (layers := _fold_forward(node)):
                 reason = f"{node.op_type} in front of it folded into its weight and bias"
-                records += [SiteRecord(names.get(layer, _name(layer)), "rewritten", reason=reason) for layer in layers]
+                records += [SiteRecord(names.get(layer, label(layer)), "rewritten", reason=reason) for layer in layers]
                 refused.pop(node, None)
         for node, _ in walk(model.graph):
             if node.domain == "" and node.op_type == "BatchNormalization":
@@ -69,7 +70,7 @@ class FoldBatchnorm(QuantPass):
                     node, f"what it reads is not the result of {', '.join(_LAYERS[:-1])} or {_LAYERS[-1]}"
                 )
             if node in refused:
-                records.append(SiteRecord(_name(node), "skipped", reason=f"not folded: {refused[node]}"))
+                records.append(SiteRecord(label(node), "skipped", reason=f"not folded: {refused[node]}"))
         return QuantPassResult(model, any(record.action == "rewritten" for record in records), tuple(records))
 
     def _fold(self, node: ir.Node, refused: dict[ir.Node, str]) -> list[str]:
@@ -86,8 +87,8 @@ class FoldBatchnorm(QuantPass):
             scale, shift = scale * step.scale, shift * step.scale + step.shift
         assert weight is not None
         scaled = constant_array(weight).astype(np.float64)
-        view = _channels(node, scaled)
-        scale, shift = (np.broadcast_to(part, _outputs(node)) for part in (scale, shift))
+        view = channel_view(node, scaled)
+        scale, shift = (np.broadcast_to(part, output_channels(node)) for part in (scale, shift))
         view *= scale.reshape(*view.shape[:2], 1, 1)
         if bias is not None:
             shift = constant_array(bias).astype(np.float64) * scale + shift
@@ -97,7 +98,7 @@ class FoldBatchnorm(QuantPass):
             refused[chain[0]] = f"the weight or bias would exceed {arrays[0].dtype}"
             return []
         folded = [follower.op_type for follower in chain]
-        _store(node, 1, arrays[0])
+        store_constant(node, 1, arrays[0])
         output = node.outputs[0]
         if arrays[1].any() and node.op_type == "MatMul":
             graph = chain[-1].graph
@@ -107,7 +108,7 @@ class FoldBatchnorm(QuantPass):
             graph.insert_after(chain[-1], add)
             output = add.outputs[0]
         elif arrays[1].any() or bias is not None:
-            _store(node, 2, arrays[1])
+            store_constant(node, 2, arrays[1])
         _bypass(node, chain, output)
         return folded
 
@@ -157,7 +158,7 @@ def _is_candidate(reader: ir.Node, value: ir.Value, layer: ir.Node) -> bool:
     if reader.op_type not in _ARITHMETIC:
         return False
     others = [other for other in reader.inputs if other is not value]
-    constant = len(others) == 1 and _is_constant(others[0])
+    constant = len(others) == 1 and is_constant(others[0])
     # Elsewhere it is the layer's own bias, or a scale that weight-only kernels do not mind.
     return constant and (layer.op_type in _CONVOLUTIONS or _leads_to_normalization(reader))
 
@@ -171,25 +172,25 @@ def _leads_to_normalization(node: ir.Node) -> bool:
 def _problem(node: ir.Node) -> str:
     """Why nothing can be folded into a layer, or nothing."""
     weight = node.inputs[1]
-    if not _is_constant(weight):
-        return f"the weight of '{_name(node)}' is no constant"
+    if not is_constant(weight):
+        return f"the weight of '{label(node)}' is no constant"
     assert weight is not None and weight.const_value is not None
     if weight.const_value.dtype not in _FLOATS:
-        return f"the weight of '{_name(node)}' is {weight.const_value.dtype.name.lower()}"
+        return f"the weight of '{label(node)}' is {weight.const_value.dtype.name.lower()}"
     shape = weight.const_value.shape.numpy()
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and not _is_constant(bias):
-        return f"the bias of '{_name(node)}' is no constant"
+    if bias is not None and not is_constant(bias):
+        return f"the bias of '{label(node)}' is no constant"
     if node.op_type == "MatMul" and (_rank(node.outputs[0]) or _rank(node.inputs[0])) != 2:
-        return f"the result of '{_name(node)}' is not known to be a matrix, whose columns are channels"
+        return f"the result of '{label(node)}' is not known to be a matrix, whose columns are channels"
     if node.op_type in ("MatMul", "Gemm") and len(shape) != 2:
-        return f"the weight of '{_name(node)}' is no matrix"
+        return f"the weight of '{label(node)}' is no matrix"
     if node.op_type == "Gemm" and node.attributes.get_float("beta", 1.0) != 1.0:
-        return f"'{_name(node)}' has a beta other than 1"
+        return f"'{label(node)}' has a beta other than 1"
     if node.op_type == "Gemm" and bias is not None:
         known = tuple(bias.const_value.shape.numpy()) if bias.const_value is not None else ()
-        if math.prod(known) not in (1, _outputs(node)) or (known and math.prod(known) != known[-1]):
-            return f"the bias of '{_name(node)}' has one value for each row"
+        if math.prod(known) not in (1, output_channels(node)) or (known and math.prod(known) != known[-1]):
+            return f"the bias of '{label(node)}' has one value for each row"
     return ""
 
 
@@ -203,13 +204,13 @@ def _affine(reader: ir.Node, value: ir.Value, layer: ir.Node) -> _Affine | str:
     assert weight is not None and weight.const_value is not None
     rank = len(weight.const_value.shape.numpy())
     if reader.op_type == "BatchNormalization":
-        return _normalization(reader, _outputs(layer))
+        return _normalization(reader, output_channels(layer))
     first = reader.inputs[0] is value
     other = reader.inputs[1 if first else 0]
     assert other is not None
     array = constant_array(other).astype(np.float64)
     shape = (1,) * (rank - array.ndim) + array.shape
-    if len(shape) != rank or shape[1] not in (1, _outputs(layer)) or array.size != shape[1]:
+    if len(shape) != rank or shape[1] not in (1, output_channels(layer)) or array.size != shape[1]:
         return f"its constant of shape {list(array.shape)} is not one value, or one for each channel"
     vector = array.reshape(-1)
     zero, one = np.zeros_like(vector), np.ones_like(vector)
@@ -231,7 +232,7 @@ def _normalization(node: ir.Node, channels: int) -> _Affine | str:
     if not node.attributes.get_int("spatial", 1):
         return "it has statistics for each position"
     parameters = node.inputs[1:5]
-    if not all(_is_constant(parameter) for parameter in parameters):
+    if not all(is_constant(parameter) for parameter in parameters):
         return "its statistics are no constants"
     gamma, beta, mean, variance = (constant_array(p).astype(np.float64) for p in parameters if p is not None)
     spread = variance + node.attributes.get_float("epsilon", 1e-5)
@@ -278,9 +279,9 @@ def _fold_forward(node: ir.Node) -> list[ir.Node]:
         if bias is not None:
             total += constant_array(bias)
         dtype = constant_array(weight).dtype
-        _store(layer, 1, (stored * scale).astype(dtype))
+        store_constant(layer, 1, (stored * scale).astype(dtype))
         if shift:
-            _store(layer, 2, total.astype(dtype))
+            store_constant(layer, 2, total.astype(dtype))
         layer.replace_input_with(0, source)
     assert node.graph is not None
     node.graph.remove(node, safe=True)
@@ -294,48 +295,3 @@ def _takes(layer: ir.Node, shift: float) -> bool:
     pads = layer.attributes.get("pads")
     padded = layer.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     return not shift or not (padded or (pads is not None and any(pads.as_ints())))
-
-
-# The same in `equalize`: how layers store channels, and constants that belong to one of them alone.
-
-
-def _name(node: ir.Node) -> str:
-    return node.name or node.outputs[0].name or node.op_type
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None and value.is_initializer()
-
-
-def _outputs(node: ir.Node) -> int:
-    """The number of a layer's output channels."""
-    weight = node.inputs[1]
-    assert weight is not None and weight.const_value is not None
-    first, second = weight.const_value.shape.numpy()[:2]
-    if node.op_type == "Conv" or node.attributes.get_int("transB", 0) == 1:
-        return int(first)
-    return int(second) * node.attributes.get_int("group", 1)
-
-
-def _channels(node: ir.Node, weight: np.ndarray) -> np.ndarray:
-    """A layer's contiguous weight as a view [groups, outputs, inputs, taps]; channels count through the groups."""
-    if node.op_type in _CONVOLUTIONS:
-        groups = node.attributes.get_int("group", 1)
-        view = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
-        return view if node.op_type == "Conv" else view.swapaxes(1, 2)
-    view = weight.reshape(1, *weight.shape, 1)
-    return view if node.attributes.get_int("transB", 0) == 1 else view.swapaxes(1, 2)
-
-
-def _store(node: ir.Node, index: int, array: np.ndarray) -> None:
-    """Let a node's input be a constant; what others read too, or the caller gets, stays as it is for them."""
-    old = node.inputs[index] if index < len(node.inputs) else None
-    if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
-        old.const_value = ir.Tensor(array, name=old.name)
-        old.shape = ir.Shape(array.shape)
-        return
-    graph, weight = node.graph, node.inputs[1]
-    assert graph is not None and weight is not None
-    name = f"{weight.name}_bias" if old is None else f"{old.name}_{_name(node)}"
-    node.resize_inputs(max(index + 1, len(node.inputs)))
-    node.replace_input_with(index, add_constant(graph, name, array))

@@ -48,9 +48,10 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        if not 0 <= self.alpha <= 1 or self.margin < 1:
+        if not (0 <= self.alpha <= 1 and 1 <= self.margin < np.inf):
             raise SchemeError(
-                f"pass smooth_conv: alpha={self.alpha:g} is not between 0 and 1, or margin={self.margin:g} is below 1"
+                f"pass smooth_conv: alpha={self.alpha:g} is not between 0 and 1, "
+                f"or margin={self.margin:g} is no number from 1"
             )
 
 

@@ -6,6 +6,7 @@ from qcompiler import passes, pipeline
 from qcompiler.config import CompileConfig
 from qcompiler.errors import SchemeError
 from qcompiler.passes.base import NoOptions, QuantPass, Stage
+from qcompiler.scheme import Pattern, Scheme, SchemePlan
 from tests.builders import context
 
 
@@ -83,6 +84,41 @@ def test_the_configuration_implies_the_passes_and_their_order():
     assert "fuse_matmul_nbits" not in qdq
     assert "fuse_gather" not in qdq
     assert "export_qdq" in qdq
+
+
+ALGORITHMS = {
+    # scheme: the algorithms without a name and with calibration data
+    "w4a16": ("gptq",),
+    "w4a8": ("gptq",),  # the kernel quantizes what it reads
+    "w8a8-dynamic-token": ("smoothquant", "gptq", "correct_bias"),
+    "w8a8-static": ("smoothquant", "smooth_conv", "gptq", "correct_bias"),
+}
+
+
+@pytest.mark.parametrize("scheme", ALGORITHMS)
+def test_algorithms_follow_from_the_schemes_and_the_data(scheme):
+    config = CompileConfig(plan=SchemePlan(Scheme.parse(scheme)))
+    assert pipeline.default_algorithms(config, calibrated=True) == ALGORITHMS[scheme]
+    assert pipeline.default_algorithms(config, calibrated=False) == ("rtn",)
+    names = [step.name for step in build(plan=config.plan, algorithms=ALGORITHMS[scheme])]
+    assert [name for name in names if name in ALGORITHMS[scheme]] == list(ALGORITHMS[scheme])
+
+
+def test_one_site_of_another_scheme_decides_too():
+    override = (Pattern("fc"), Scheme.parse("w8a8-static"))
+    config = CompileConfig(plan=SchemePlan(Scheme.parse("w4a16"), overrides=(override,)))
+    assert pipeline.default_algorithms(config, calibrated=True) == ALGORITHMS["w8a8-static"]
+
+
+def test_a_pass_that_runs_anyway_can_be_given_options():
+    """It runs once, where it would have run without a name."""
+    plan = SchemePlan(Scheme.parse("w8a8-static"))
+    implied = text_of(build(plan=plan, algorithms=("rtn",)))
+    assert ",rtn,insert_qdq,absorb_scales," in implied
+    for algorithms in (("rtn", "insert_qdq{products=false}"), ("insert_qdq{products=false}", "rtn")):
+        given = text_of(build(plan=plan, algorithms=algorithms))
+        assert given == implied.replace("insert_qdq", "insert_qdq{products=False}")
+    assert text_of(build(plan=plan, algorithms=("rtn", "insert_qdq"))) == implied
 
 
 def test_algorithms_keep_the_order_in_which_they_are_named():

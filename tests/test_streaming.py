@@ -303,17 +303,19 @@ def test_an_activation_that_is_not_finite_is_an_error_that_names_the_site():
         stream(model, [{"x": np.full((2, 32), 1000, np.float32)}])
 
 
-KERNELS = """g (float[B,4,9,7] x) => (float[B,6,C,D] y, float[B,8,E,F] z, float[B,8,G,H] u, float[B,4,I,J] v) {
+KERNELS = """g (float[B,4,9,7] x) => (float[B,6,C,D] y, float[B,8,E,F] z, float[B,8,G,H] u, float[B,4,I,J] v,
+    float[B,4,M,O] q) {
     [a] y = Conv <pads = [1, 1, 1, 1], strides = [2, 1]> (x, wa)
     [same] z = Conv <pads = [1, 1, 1, 1], strides = [2, 1]> (x, wb)
     [other] u = Conv <dilations = [2, 2]> (x, we)
-    [pairs] p = Conv <group = 2> (x, wc) r = Relu(p)
+    [pairs] p = Conv <group = 2> (x, wc) r = Relu(p) [more] q = Conv <group = 2> (x, wf)
     [deep] v = Conv <group = 4, pads = [1, 1, 1, 1]> (r, wd)
 }"""
 
 
 def kernels():
     shapes = {"wa": (6, 4, 3, 3), "wb": (8, 4, 3, 3), "wc": (4, 2, 3, 3), "wd": (4, 1, 3, 3), "we": (8, 4, 3, 3)}
+    shapes["wf"] = (4, 2, 3, 3)
     return parse(KERNELS, {name: normal(shape, seed) for seed, (name, shape) in enumerate(shapes.items())})
 
 
@@ -333,13 +335,13 @@ def taps_of(model, name, feeds):
 
 
 def test_convolutions_are_measured_on_what_their_taps_meet():
-    """Each group of channels for itself; what meets the same is measured once."""
+    """Each group of channels for itself; what meets the same is measured once, but for convolutions of groups."""
     batches = [{"x": normal((n, 4, 9, 7), n)} for n in (2, 3)]
     plan = SchemePlan(Scheme.parse("w8a8-static"))
     algorithm, result = stream(kernels(), batches, plan, sequential=False, target="portable")
-    assert [names for names, _ in algorithm.seen] == [["a", "same"], ["other"], ["pairs"], ["deep"]]
-    assert sorted(only(result, "quantized")) == ["a", "deep", "other", "pairs", "same"]
-    shapes = {"a": (36, 36), "other": (36, 36), "pairs": (2, 18, 18), "deep": (4, 9, 9)}
+    assert [names for names, _ in algorithm.seen] == [["a", "same"], ["other"], ["pairs"], ["more"], ["deep"]]
+    assert sorted(only(result, "quantized")) == ["a", "deep", "more", "other", "pairs", "same"]
+    shapes = {"a": (36, 36), "other": (36, 36), "pairs": (2, 18, 18), "more": (2, 18, 18), "deep": (4, 9, 9)}
     for names, facts in algorithm.seen:
         taps = [taps_of(kernels(), names[0], feeds) for feeds in batches]
         want = sum(each.swapaxes(1, 2) @ each for each in taps)
