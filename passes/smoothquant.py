@@ -61,7 +61,8 @@ class Options:
         metadata={"help": "multiply where nothing absorbs the factors: never, always, or worth: it halves the error"},
     )
     caches: bool = field(default=False, metadata={"help": "let the values that a model caches between runs be scaled"})
-    rows: int = field(default=512, metadata={"help": "rows of an activation that the search looks at"})
+    check: bool = field(default=True, metadata={"help": "smooth nothing whose products on sampled rows get worse"})
+    rows: int = field(default=256, metadata={"help": "rows of an activation that products are compared on"})
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
@@ -105,7 +106,7 @@ class SmoothQuant(QuantPass):
        allows it and the error of the quantized products on a sample of rows at least halves; otherwise they are
        recorded as skipped with the reason.
     4. With `search`, alpha is what leaves the least error of the quantized products on a sample of rows; leaving the
-       activation alone is among the choices.
+       activation alone is among the choices. Without it, `check` leaves alone what the given alpha would make worse.
     """
 
     name = "smoothquant"
@@ -158,7 +159,7 @@ class SmoothQuant(QuantPass):
 
     def _tries(self, folding: Folding) -> bool:
         """Whether products are compared on sampled rows."""
-        return self.options.search or (not folding.legal and self.options.insert == "worth")
+        return self.options.search or self.options.check or (not folding.legal and self.options.insert == "worth")
 
     def _measure(self, model: ir.Model, foldings: Sequence[Folding]) -> dict[Folding, _Measured]:
         """Run the model, which computes the same however many of its activations are rescaled already."""
@@ -227,8 +228,15 @@ class SmoothQuant(QuantPass):
 
 
 def _sites(model: ir.Model) -> list[Site]:
-    """The sites that have a scheme; where there are some whose activations the graph quantizes, only these."""
-    sites = [site for site in find_sites(model)[0] if site_scheme(site) is not None and site.quantized is None]
+    """The sites that have a scheme; where there are some whose activations the graph quantizes, only these.
+
+    Convolutions are left to `smooth_conv`: what they read are codes already, of the convolution before.
+    """
+    sites = [
+        site
+        for site in find_sites(model)[0]
+        if site_scheme(site) is not None and site.quantized is None and site.node.op_type != "Conv"
+    ]
     return [site for site in sites if explicit_activations(site) is not None] or sites
 
 

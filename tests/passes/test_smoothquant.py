@@ -52,8 +52,8 @@ def batches(count=4, seed=0):
     return [{"x": normal((2, 9, K), seed + i)} for i in range(count)]
 
 
-def smoothed(model, data=None, ctx=None, **options):
-    return apply("smoothquant", model, ctx or context(batches=data or batches()), **options)
+def smoothed(model, data=None, ctx=None, check="false", **options):
+    return apply("smoothquant", model, ctx or context(batches=data or batches()), check=check, **options)
 
 
 def rounded_rows(x):
@@ -324,3 +324,29 @@ def test_a_folding_that_is_smoothed_twice_is_balanced_the_second_time():
     smoothed(model)
     for site, old in zip(folding.sites, before, strict=True):
         assert np.allclose(read_weight(site), old, rtol=1e-5)
+
+
+def test_what_would_get_worse_is_left_alone():
+    """alpha = 0 evens out the weights at the cost of the activations, which are even already."""
+    weight = normal((K, N), 2)
+    weight[0] *= 100
+    text = f"g (float[B,{K}] x) => (float[B,{N}] y) {{ n = LayerNormalization(x, gamma) y = MatMul(n, w) }}"
+
+    def model():
+        return assigned(parse(text, {"gamma": np.ones(K, np.float32), "w": weight}))
+
+    assert smoothed(model(), alpha=0.0).records[0].action == "scaled"
+    checked = model()
+    before = serialized(checked)
+    (record,) = smoothed(checked, check="true", alpha=0.0).records
+    assert (record.action, record.reason) == ("skipped", "no alpha lessens the error")
+    assert serialized(checked) == before
+    (record,) = smoothed(checked, check="true", alpha=0.5).records
+    assert record.action == "scaled"
+    assert record.metrics["relative_error"] < record.metrics["relative_error_before"]
+
+
+def test_convolutions_are_left_to_another_pass():
+    text = f"g (float[B,{K},T] x) => (float[B,{N},T] y) {{ y = Conv(x, w) }}"
+    model = assigned(parse(text, {"w": normal((N, K, 1), 2)}))
+    assert smoothed(model, {"x": normal((2, K, 8), 1)}, insert="always").records == ()
