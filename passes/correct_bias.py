@@ -24,6 +24,7 @@ import onnx_ir as ir
 from qcompiler.convolution import Geometry, tap_sums
 from qcompiler.errors import CalibrationError
 from qcompiler.graph import Site, constant_array, read_weight
+from qcompiler.layers import is_constant, store_constant
 from qcompiler.lowering import add_constant, make_node
 from qcompiler.observing import observe
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
@@ -196,7 +197,7 @@ def _problem(site: Site, *, insert: bool) -> str:
         missing = _add_behind(node) is None and not insert
         return "no constant Add is the only reader of its result; insert=true makes one" if missing else ""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return "" if bias is None or _is_constant(bias) else "its bias is computed"
+    return "" if bias is None or is_constant(bias) else "its bias is computed"
 
 
 def _add_behind(node: ir.Node) -> tuple[ir.Node, int] | None:
@@ -207,11 +208,7 @@ def _add_behind(node: ir.Node) -> tuple[ir.Node, int] | None:
         return None
     reader, index = next(iter(uses))
     other = reader.inputs[1 - index] if reader.op_type == "Add" and reader.domain == "" else None
-    return (reader, 1 - index) if _is_constant(other) and reader.graph is node.graph else None
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None and value.is_initializer()
+    return (reader, 1 - index) if is_constant(other) and reader.graph is node.graph else None
 
 
 def _add(node: ir.Node, index: int, shift: np.ndarray, site: Site) -> None:
@@ -219,12 +216,4 @@ def _add(node: ir.Node, index: int, shift: np.ndarray, site: Site) -> None:
     old = node.inputs[index] if index < len(node.inputs) else None
     stored = np.zeros(1, site.dtype.numpy()) if old is None else constant_array(old)
     array = (stored.astype(np.float64) + shift).astype(stored.dtype)
-    if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
-        old.const_value = ir.Tensor(array, name=old.name)
-        old.shape = ir.Shape(array.shape)
-        return
-    graph = node.graph
-    assert graph is not None
-    name = f"{site.weight.name}_bias" if old is None else f"{old.name}_{site.name}"
-    node.resize_inputs(max(index + 1, len(node.inputs)))
-    node.replace_input_with(index, add_constant(graph, name, array))
+    store_constant(node, index, array, site.name)

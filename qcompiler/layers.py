@@ -41,8 +41,11 @@ def channel_view(node: ir.Node, weight: np.ndarray) -> np.ndarray:
     return view if node.attributes.get_int("transB", 0) == 1 else view.swapaxes(1, 2)
 
 
-def store_constant(node: ir.Node, index: int, array: np.ndarray) -> None:
-    """Let a node's input be a constant; what others read too, or the caller gets, stays as it is for them."""
+def store_constant(node: ir.Node, index: int, array: np.ndarray, reader: str = "") -> None:
+    """Let a node's input be a constant; what others read too, or the caller gets, stays as it is for them.
+
+    The copy that is made then is called after the old constant and `reader`, or the node.
+    """
     old = node.inputs[index] if index < len(node.inputs) else None
     if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
         old.const_value = ir.Tensor(array, name=old.name)
@@ -50,7 +53,7 @@ def store_constant(node: ir.Node, index: int, array: np.ndarray) -> None:
         return
     graph, weight = node.graph, node.inputs[1]
     assert graph is not None and weight is not None
-    name = f"{weight.name}_bias" if old is None else f"{old.name}_{label(node)}"
+    name = f"{weight.name}_bias" if old is None else f"{old.name}_{reader or label(node)}"
     node.resize_inputs(max(index + 1, len(node.inputs)))
     node.replace_input_with(index, add_constant(graph, name, array))
 
