@@ -8,17 +8,20 @@
    initializer of its own (the data is copied only when the model is written). Whatever else reads the weight, or the
    caller who gets it as an output, keeps the original.
 4. What looks like a site and is none, and what the plan leaves float, is recorded as skipped with the reason.
+5. Products of two activations have no weight and get no scheme, but patterns may name them; where the plan would have
+   them integer (see `insert_qdq`), those that stay float are recorded too.
 """
 
 import logging
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
 from qcompiler.errors import SchemeError
 from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, Site, unique_name
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, quantizes_activations
 from qcompiler.records import SiteRecord
-from qcompiler.sites import find_sites
+from qcompiler.sites import find_products, find_sites, node_names
 from qcompiler.targets import site_refusal
 
 __all__ = ["AssignScheme"]
@@ -46,8 +49,10 @@ class AssignScheme(QuantPass):
         nodes = ir.traversal.RecursiveGraphIterator(model.graph)
         old = [node.metadata_props.pop(key, "") for node in nodes for key in (SCHEME_KEY, SITE_KEY)]
         sites, refusals = find_sites(model)
+        products = find_products(model.graph)
         config = self.context.config
-        lost = config.plan.unmatched([site.names for site in sites] + [refusal.names for refusal in refusals])
+        names = [site.names for site in sites] + [refusal.names for refusal in refusals]
+        lost = config.plan.unmatched([*names, *map(node_names, products)])
         if lost:
             raise SchemeError(
                 f"pattern '{lost[0]}' selects no site; list their names with: qcompiler inspect MODEL --sites"
@@ -66,7 +71,27 @@ class AssignScheme(QuantPass):
             records.append(SiteRecord(site.name, "assigned" if text else "skipped", text, reason))
         for weight, by_kind in chosen.items():
             _apply(weight, by_kind)
+        if quantizes_activations(config, dynamic=False):
+            records += self._float_products(products, sites)
         return QuantPassResult(model, any(old) or any(r.action == "assigned" for r in records), tuple(records))
+
+    def _float_products(self, products: Iterable[ir.Node], sites: Iterable[Site]) -> Iterator[SiteRecord]:
+        """Records of the products that the plan leaves float, or that no integer site goes with."""
+        config = self.context.config
+        formats = {explicit_activations(site) for site in sites}
+        for node in products:
+            names = node_names(node)
+            scheme, reason = config.plan.scheme_for("linear", names)
+            activations = scheme.resolve(config.target).activations if scheme is not None else None
+            if scheme is None:
+                yield SiteRecord(_label(node), "skipped", reason=reason)
+            elif activations is not None and not activations.dynamic and activations not in formats:
+                reason = f"no layer runs with {scheme}, and a product is integer only beside one that does"
+                yield SiteRecord(_label(node), "skipped", reason=reason)
+
+
+def _label(node: ir.Node) -> str:
+    return next(iter(node_names(node)), node.outputs[0].name or node.op_type)
 
 
 def _apply(weight: ir.Value, by_kind: dict[_Kind, list[Site]]) -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "assigned_sites",
     "explicit_activations",
     "quantizes_activations",
+    "scheme_text",
     "site_scheme",
     "site_spec",
 ]
@@ -160,13 +161,18 @@ def assigned_sites(model: ir.Model) -> list[Site]:
 
 def site_spec(site: Site, config: CompileConfig) -> WeightSpec:
     """The WeightSpec of an assigned site."""
-    scheme = Scheme.parse(site.node.metadata_props[SCHEME_KEY])
+    scheme = Scheme.parse(scheme_text(site))
     return scheme.spec(
         site.columns,
         "float16" if config.float16 and site.scale_dtype == "float32" else site.scale_dtype,
         signed_scale=config.target in ("cpu", "cuda"),
         reduced=config.reduce_range,
     )
+
+
+def scheme_text(site: Site) -> str:
+    """What records call the format of an assigned site: the text of its scheme, activations included."""
+    return site.node.metadata_props[SCHEME_KEY]
 
 
 def site_scheme(site: Site) -> Scheme | None:
@@ -246,8 +252,8 @@ class WeightQuantizer(QuantPass):
                 **result.metrics(rows),
             }
             reason = "; ".join(text for text in (remark, result.remark) if text)
-            records.append(SiteRecord(site.name, "quantized", str(spec), reason, metrics))
-            logger.debug("%s: %s quantized to %s", self.name, site.name, spec)
+            records.append(SiteRecord(site.name, "quantized", scheme_text(site), reason, metrics))
+            logger.debug("%s: %s quantized to %s", self.name, site.name, scheme_text(site))
         return records
 
 

@@ -4,14 +4,21 @@
    Transposes); an initializer that was listed among the graph's inputs leaves them too. The model's own inputs and
    outputs stay.
 2. The marks of sites are removed from the nodes.
+3. A lookup table whose codes are those of a product, in another shape, becomes a Flatten of these where the model is
+   small enough to be one file, which would hold them twice. ONNX Runtime computes it once, when it loads the model. A
+   file of external data holds them once in any case, and can be mapped. Before opset 9 Flatten has no integers.
 """
 
+import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import SCHEME_KEY, SITE_KEY
+from qcompiler.graph import EXTERNAL_BYTES, SCHEME_KEY, SITE_KEY
+from qcompiler.lowering import make_node
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
 
 __all__ = ["Cleanup"]
+
+_FLATTEN_INTEGERS = 9
 
 
 class Cleanup(QuantPass):
@@ -33,7 +40,8 @@ class Cleanup(QuantPass):
         for node in ir.traversal.RecursiveGraphIterator(model.graph):
             for key in (SCHEME_KEY, SITE_KEY):
                 marked += node.metadata_props.pop(key, None) is not None
-        return QuantPassResult(model, bool(removed or marked))
+        shared = _share_tables(model, self.name) if model.opset_imports.get("", 0) >= _FLATTEN_INTEGERS else 0
+        return QuantPassResult(model, bool(removed or marked or shared))
 
 
 def _forget_bodies(node: ir.Node) -> None:
@@ -60,3 +68,39 @@ def _remove_dead(graph: ir.Graph) -> int:
             if value in graph.inputs:
                 graph.inputs.remove(value)
     return removed
+
+
+def _share_tables(model: ir.Model, pass_name: str) -> int:
+    """Compute lookup tables from the codes of products that are the same bytes; returns how many."""
+    graph = model.graph
+    codes: dict[tuple[int, int], ir.Value] = {}
+    tables: dict[ir.Value, ir.Node] = {}
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        if node.op_type == "MatMulNBits" and (value := node.inputs[1]) is not None and (place := _place(value)):
+            codes[place] = value
+        elif node.op_type == "GatherBlockQuantized" and (value := node.inputs[0]) is not None and _place(value):
+            tables.setdefault(value, node)
+    tied = {value: codes[place] for value in tables if (place := _place(value)) in codes and value.graph is graph}
+    tied = {value: source for value, source in tied.items() if source.graph is graph and not value.is_graph_output()}
+    stored = {id(value.const_value): value.const_value for g in model.graphs() for value in g.initializers.values()}
+    repeated = sum(value.const_value.nbytes for value in tied if value.const_value is not None)
+    if sum(tensor.nbytes for tensor in stored.values() if tensor is not None) - repeated > EXTERNAL_BYTES:
+        return 0
+    for value, source in tied.items():
+        assert value.name is not None
+        view = make_node(graph, "Flatten", [source], {"axis": 1}, tables[value], pass_name)
+        graph.insert_before(graph[0], view)
+        output = view.outputs[0]
+        output.type, output.shape = value.type, value.shape
+        value.replace_all_uses_with(output)
+        del graph.initializers[value.name]
+        output.name = value.name
+    return len(tied)
+
+
+def _place(value: ir.Value) -> tuple[int, int] | None:
+    """Where the bytes of an initializer are in memory, and how many; None where they are not an array."""
+    tensor = value.const_value
+    if not isinstance(tensor, ir.Tensor) or not isinstance(tensor.raw, np.ndarray) or not tensor.nbytes:
+        return None
+    return tensor.raw.ctypes.data, tensor.nbytes

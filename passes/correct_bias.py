@@ -27,7 +27,7 @@ from qcompiler.graph import Site, constant_array, read_weight
 from qcompiler.layers import is_constant, store_constant
 from qcompiler.lowering import add_constant, make_node
 from qcompiler.observing import observe
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, scheme_text
 from qcompiler.quantized import from_stored
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
@@ -83,9 +83,7 @@ class CorrectBias(QuantPass):
             if problem:
                 records.append(SiteRecord(site.name, "skipped", reason=f"bias not corrected: {problem}"))
             else:
-                assert site.quantized is not None
-                spec = str(site.quantized.spec)
-                records.append(SiteRecord(site.name, "quantized", spec, "bias corrected", figures[site]))
+                records.append(SiteRecord(site.name, "quantized", scheme_text(site), "bias corrected", figures[site]))
         return QuantPassResult(model, bool(totals), tuple(records))
 
     def _measure(self, model: ir.Model, sites: Sequence[Site]) -> dict[Site, np.ndarray]:
@@ -148,9 +146,10 @@ def mean_error(error: np.ndarray, means: np.ndarray) -> np.ndarray:
 
 
 class _Means:
-    """Collects E[x] for a convolution, or for a linear layer where there is no geometry."""
+    """Collects E[x] for a convolution, which is shown whole images, or for a linear layer without a geometry."""
 
     def __init__(self, geometry: Geometry | None) -> None:
+        self.whole = geometry is not None
         self._geometry = geometry
         self._sums, self._count = np.zeros(()), 0
 

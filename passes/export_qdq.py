@@ -44,7 +44,14 @@ from qcompiler.lowering_qdq import (
     row_constants,
 )
 from qcompiler.numerics.activation import quantize_bias
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, quantizes_activations
+from qcompiler.passes.base import (
+    QuantPass,
+    QuantPassResult,
+    Stage,
+    explicit_activations,
+    quantizes_activations,
+    scheme_text,
+)
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
@@ -75,13 +82,13 @@ class ExportQdq(QuantPass):
         unread = dict(constants)
         records = []
         for site in sites:
-            tensor = site.quantized
+            tensor, scheme = site.quantized, scheme_text(site)  # before the node may become another
             assert tensor is not None
             if site.role == "embedding":
                 note = self._rewrite_lookup(site, tensor, constants[site.weight])
             else:
                 note = self._rewrite_linear(site, tensor, unread.pop(site.weight, None))
-            records.append(SiteRecord(site.name, "fused", str(tensor.spec), note))
+            records.append(SiteRecord(site.name, "fused", scheme, note))
         return QuantPassResult(model, bool(records), tuple(records))
 
     def _rewrite_lookup(self, site: Site, tensor: QuantizedTensor, table: Constants) -> str:

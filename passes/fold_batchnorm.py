@@ -8,9 +8,10 @@
 4. A Mul, Add, Sub or Div with one value in front of convolutions that alone read its result; one that shifts, if they
    have no padding, whose zeros it would not shift.
 
-Left alone, with a record that says why: what is not the only reader of the layer's result, constants of another shape,
-and layers whose weight or bias is computed. A weight that others read too is untied first. The arithmetic is float64,
-rounded once to the dtype of the weight.
+Left alone: what is not the only reader of the layer's result, constants of another shape, and layers whose weight or
+bias is computed. A record says why where a normalization is meant, BatchNormalization itself or a scale and a shift of
+each channel in a row. A weight that others read too is untied first. The arithmetic is float64, rounded once to the
+dtype of the weight.
 """
 
 import math
@@ -74,7 +75,7 @@ class FoldBatchnorm(QuantPass):
         return QuantPassResult(model, any(record.action == "rewritten" for record in records), tuple(records))
 
     def _fold(self, node: ir.Node, refused: dict[ir.Node, str]) -> list[str]:
-        """Fold what follows a layer; returns the operators, and adds to `refused` those that could have been meant."""
+        """Fold what follows a layer; returns the operators, and adds to `refused` the normalizations that stay."""
         chain, steps = _followers(node, refused)
         if node.op_type not in _CONVOLUTIONS:
             while chain and chain[-1].op_type != "BatchNormalization":
@@ -95,7 +96,7 @@ class FoldBatchnorm(QuantPass):
         with np.errstate(over="ignore"):
             arrays = [array.astype(constant_array(weight).dtype) for array in (scaled, shift)]
         if not all(np.isfinite(array.astype(np.float64)).all() for array in arrays):
-            refused[chain[0]] = f"the weight or bias would exceed {arrays[0].dtype}"
+            _refuse(chain[0], f"the weight or bias would exceed {arrays[0].dtype}", refused)
             return []
         folded = [follower.op_type for follower in chain]
         store_constant(node, 1, arrays[0])
@@ -141,7 +142,7 @@ def _followers(node: ir.Node, refused: dict[ir.Node, str]) -> tuple[list[ir.Node
             if isinstance(step, _Affine):
                 found = (reader, step)
             else:
-                refused[reader] = step
+                _refuse(reader, step, refused)
         if found is None:
             return chain, steps
         chain.append(found[0])
@@ -160,13 +161,38 @@ def _is_candidate(reader: ir.Node, value: ir.Value, layer: ir.Node) -> bool:
     others = [other for other in reader.inputs if other is not value]
     constant = len(others) == 1 and is_constant(others[0])
     # Elsewhere it is the layer's own bias, or a scale that weight-only kernels do not mind.
-    return constant and (layer.op_type in _CONVOLUTIONS or _leads_to_normalization(reader))
+    return constant and (layer.op_type in _CONVOLUTIONS or _normalization_behind(reader) is not None)
 
 
-def _leads_to_normalization(node: ir.Node) -> bool:
-    while node.op_type in _ARITHMETIC and len(node.outputs[0].uses()) == 1:
+def _normalization_behind(node: ir.Node) -> ir.Node | None:
+    """The BatchNormalization that a node is, or leads to with nothing but arithmetic in between."""
+    while node.domain == "" and node.op_type in _ARITHMETIC and len(node.outputs[0].uses()) == 1:
         node = node.outputs[0].consumers()[0]
-    return node.op_type == "BatchNormalization" and node.domain == ""
+    return node if node.op_type == "BatchNormalization" and node.domain == "" else None
+
+
+def _refuse(node: ir.Node, reason: str, refused: dict[ir.Node, str]) -> None:
+    """Note why a node is not folded, where that keeps a normalization; nobody misses any other scale or shift."""
+    normalization = _normalization_behind(node)
+    if normalization is not None:
+        refused[normalization] = reason if normalization is node else f"'{label(node)}' in front of it is not: {reason}"
+    elif _half_of_normalization(node):
+        refused[node] = reason
+
+
+def _half_of_normalization(node: ir.Node) -> bool:
+    """Whether a node scales each channel and one next to it shifts each channel, or the other way round."""
+    kinds = {"Mul": "scale", "Div": "scale", "Add": "shift", "Sub": "shift"}
+    producers = [value.producer() for value in node.inputs if value is not None]
+    around = [*(producer for producer in producers if producer is not None), *node.outputs[0].consumers()]
+    own = kinds[node.op_type]
+    return _by_channel(node) and any(kinds.get(other.op_type, own) != own and _by_channel(other) for other in around)
+
+
+def _by_channel(node: ir.Node) -> bool:
+    """Whether an arithmetic node reads a constant of several values, all along one axis."""
+    shapes = [v.const_value.shape.numpy() for v in node.inputs if v is not None and v.const_value is not None]
+    return len(shapes) == 1 and max(shapes[0], default=1) == math.prod(shapes[0]) > 1
 
 
 def _problem(node: ir.Node) -> str:

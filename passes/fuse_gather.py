@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qcompiler.config import CompileConfig
 from qcompiler.graph import Site
 from qcompiler.lowering import add_constant, block_constants, make_node, replace_nodes
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, scheme_text
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
@@ -42,7 +42,7 @@ class FuseGather(QuantPass):
                 continue
             self._rewrite(site, tensor)
             note = f"GatherBlockQuantized, block {block_size(tensor.spec, tensor.columns)}"
-            records.append(SiteRecord(site.name, "fused", str(tensor.spec), note))
+            records.append(SiteRecord(site.name, "fused", scheme_text(site), note))
         if records:
             model.graph.opset_imports.setdefault("com.microsoft", 1)
         return QuantPassResult(model, bool(records), tuple(records))

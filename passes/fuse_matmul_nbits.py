@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompiler.config import CompileConfig
 from qcompiler.graph import Site
 from qcompiler.lowering import block_constants, make_node, replace_nodes
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, site_scheme
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, scheme_text, site_scheme
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
@@ -43,7 +43,7 @@ class FuseMatMulNBits(QuantPass):
                 continue
             level = self._rewrite(site, tensor)
             note = f"MatMulNBits, block {block_size(tensor.spec, tensor.columns)}, accuracy level {level}"
-            records.append(SiteRecord(site.name, "fused", str(tensor.spec), note))
+            records.append(SiteRecord(site.name, "fused", scheme_text(site), note))
         if records:
             model.graph.opset_imports.setdefault("com.microsoft", 1)
         return QuantPassResult(model, bool(records), tuple(records))

@@ -158,17 +158,20 @@ class _Heads:
     """Largest magnitudes and a sample of a cache [B, H, T, D], with H * D channels.
 
     Attributes:
+        whole: It is shown all of the cache: T is not the number of tokens where there is a past.
         heads: H.
         size: D.
     """
+
+    whole = True
 
     def __init__(self) -> None:
         self.heads = self.size = 0
         self._range, self._sample = ChannelRange(), RowSample()
 
     def part(self, values: np.ndarray) -> tuple[tuple[int, ...], object, np.ndarray] | None:
-        """A batch's share; one that a mask has cut as if heads were tokens is left out."""
-        if values.ndim != 4 or not values.size:
+        """A batch's share."""
+        if not values.size:
             return None
         rows = values.transpose(0, 2, 1, 3).reshape(-1, values.shape[1] * values.shape[3]).astype(np.float32)
         return values.shape, self._range.part(rows), self._sample.part(rows)

@@ -24,6 +24,7 @@ from qcompiler.passes.base import (
     Stage,
     explicit_activations,
     quantizes_activations,
+    scheme_text,
     site_spec,
 )
 from qcompiler.records import SiteRecord
@@ -104,7 +105,7 @@ def _needed(model: ir.Model, config: CompileConfig) -> tuple[int, str]:
         if activations is not None and activations.bits == 16:
             opset = max(opset, 21)
         if opset > needed:
-            needed, why = opset, f"'{site.name}' as {spec} needs {opset}"
+            needed, why = opset, f"'{site.name}' as {scheme_text(site)} needs {opset}"
     return needed, why
 
 

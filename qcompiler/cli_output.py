@@ -161,6 +161,9 @@ def print_inspection(inspection: "Inspection", *, every_site: bool) -> None:
     elif inspection.sites:
         kinds = [(role, op, count, _size(size), state) for role, op, count, size, state in inspection.summary()]
         _table("Sites by kind", ("role", "operator", "count", "MB", "state"), kinds)
+    if every_site and inspection.products:
+        products = [(names[0], ", ".join(names)) for names in inspection.products]
+        _table("Products of two activations", ("product", "names"), products)
     _print_refusals(inspection.refusals)
 
 

@@ -2,12 +2,9 @@
 
 import numpy as np
 
-__all__ = ["ChannelRange", "RowSample", "feature_rows"]
+from qcompiler.numerics.rows import feature_rows
 
-
-def feature_rows(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The values as ``[T, K]``, K being the sizes of the feature axis."""
-    return np.asarray(np.moveaxis(values, axis, -1).reshape(-1, values.shape[axis]))
+__all__ = ["ChannelRange", "RowSample"]
 
 
 class ChannelRange:

@@ -16,6 +16,7 @@ from qcompiler.numerics.affine import WeightSpec
 from qcompiler.quantized import QuantizedTensor, from_stored
 
 __all__ = [
+    "EXTERNAL_BYTES",
     "PASS_KEY",
     "SCHEME_KEY",
     "SITE_KEY",
@@ -36,6 +37,8 @@ SCHEME_KEY = "qcompiler.scheme"
 SITE_KEY = "qcompiler.site"
 PASS_KEY = "qcompiler.pass"
 _NAMES_KEY = "qcompiler.names"
+# Above this much weight data a model gets a file of external data, where several tensors can be the same bytes.
+EXTERNAL_BYTES = 64 << 20
 
 
 @dataclass(eq=False)

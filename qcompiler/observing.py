@@ -16,11 +16,12 @@ import onnx_ir as ir
 
 from qcompiler.calibration import row_mask
 from qcompiler.errors import ModelError
+from qcompiler.numerics.rows import token_rows
 from qcompiler.segments import Segment, read_values, segment_model
 from qcompiler.session import Feeds, OrtRunner
 from qcompiler.streaming import in_flight
 
-__all__ = ["Chunks", "Collector", "observe", "token_rows"]
+__all__ = ["Chunks", "Collector", "observe"]
 
 # Watched values in a chunk: few enough to be held together, many enough to keep sessions few.
 _WATCHED = 12
@@ -30,7 +31,8 @@ class Collector(Protocol):
     """Reduces the values of one tensor to something small.
 
     `part` is called in threads and must not change the collector; `add` is called in the order of the batches, so that
-    the result does not depend on the number of threads.
+    the result does not depend on the number of threads. A collector with a true attribute `whole` knows better than
+    `token_rows` what the axes are, and is shown padding too.
     """
 
     def part(self, values: np.ndarray) -> Any:
@@ -38,25 +40,6 @@ class Collector(Protocol):
 
     def add(self, part: Any) -> None:
         """Add a batch's share."""
-
-
-def token_rows(values: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """The values without those of padding.
-
-    Args:
-        values: Any shape.
-        mask: bool ``[B, S]``, False where a token is padding, or None.
-
-    Returns:
-        ``[T, ...]`` for values ``[B, S, ...]`` or ``[B * S, ...]``; anything else as it is.
-    """
-    if mask is None:
-        return values
-    if values.ndim > 2 and values.shape[:2] == mask.shape:
-        return np.asarray(values[mask])
-    if values.ndim == 2 and len(values) == mask.size:
-        return np.asarray(values[mask.reshape(-1)])
-    return values
 
 
 def observe(
@@ -87,7 +70,8 @@ def observe(
         mask, parts = row_mask(batches[index]), []
         for name, array in chunks.values(batches[index]):
             rows = token_rows(array, mask)
-            parts += [(collector, collector.part(rows)) for collector in watched[name]]
+            for collector in watched[name]:
+                parts.append((collector, collector.part(array if getattr(collector, "whole", False) else rows)))
         return parts
 
     # The first batch runs alone, since it makes the sessions.

@@ -61,8 +61,7 @@ def default_algorithms(config: CompileConfig, *, calibrated: bool) -> tuple[str,
         return ("rtn",)
     if not quantizes_activations(config):
         return ("gptq",)
-    static = ("smooth_conv",) if quantizes_activations(config, dynamic=False) else ()
-    return ("smoothquant", *static, "gptq", "correct_bias")
+    return ("smoothquant", "gptq", "correct_bias")
 
 
 def build(config: CompileConfig, context: PassContext, *, text: str | None = None) -> list[QuantPass]:

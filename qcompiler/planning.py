@@ -13,7 +13,7 @@ from qcompiler.files.loader import load_model
 from qcompiler.graph import SCHEME_KEY, Refusal, Site
 from qcompiler.instruments import stored_bytes
 from qcompiler.passes.base import PassContext, Stage, site_spec
-from qcompiler.sites import find_sites
+from qcompiler.sites import find_products, find_sites, node_names
 from qcompiler.targets import lowered_bytes
 
 __all__ = ["Inspection", "Plan", "PlannedSite", "inspect_model", "plan_model"]
@@ -81,11 +81,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a model holds."""
+    """What a model holds.
+
+    Attributes:
+        headline: The model in one line.
+        sites: What can be quantized.
+        refusals: How many weights cannot be quantized, and why.
+        products: The names that patterns may use for each product of two activations.
+    """
 
     headline: str
     sites: tuple[PlannedSite, ...]
     refusals: tuple[tuple[int, str], ...]
+    products: tuple[tuple[str, ...], ...] = ()
 
     def summary(self) -> list[tuple[str, str, int, float, str]]:
         """Sites counted by role, operator and state, and their weights in MB."""
@@ -181,4 +189,5 @@ def inspect_model(source: str | Path) -> Inspection:
         f"{Path(source).name}: {sum(1 for _ in model.graph.all_nodes())} nodes, IR version {model.ir_version}, "
         f"opset {opsets}, {stored_bytes(model) / 1e6:.1f} MB of constants, {len(planned)} sites that can be quantized"
     )
-    return Inspection(headline, planned, _counted(refusals))
+    products = tuple(names for names in map(node_names, find_products(model.graph)) if names)
+    return Inspection(headline, planned, _counted(refusals), products)

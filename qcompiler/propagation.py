@@ -29,7 +29,8 @@ from qcompiler.calibration_inputs import fitted
 from qcompiler.graph import constant_array
 from qcompiler.numerics.activation import dequantize_activation
 from qcompiler.numerics.metrics import ErrorSums, channel_products, error_sums, gain_free_noise
-from qcompiler.observing import Chunks, token_rows
+from qcompiler.numerics.rows import split_heads, token_rows
+from qcompiler.observing import Chunks
 from qcompiler.propagation_graph import Layer, Tap, coded_layers, find_layers, find_taps
 from qcompiler.segments import Segment, segment_model
 from qcompiler.session import Feeds, InputSpec, OrtRunner
@@ -188,18 +189,13 @@ def without_padding(values: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         mask: bool ``[B, S]``, False where a token is padding, or None.
 
     Returns:
-        ``[T, ...]`` for values ``[B, S, ...]`` or ``[B * S, ...]``, ``[T, H, ...]`` for ``[B, H, S, ...]`` or
-        ``[B * H, S, ...]``; anything else in its shape.
+        What `token_rows` makes of them; attention scores ``[B, H, Q, S]`` have zeros for padding keys.
     """
-    if mask is not None and values.ndim == 3 and values.shape[:2] != mask.shape:
-        rows, length = mask.shape
-        if values.shape[0] > rows and not values.shape[0] % rows and length in values.shape[1:]:
-            values = values.reshape(rows, -1, *values.shape[1:])
-    if mask is not None and values.ndim == 4 and values.shape[:2] != mask.shape:
-        if (values.shape[0], values.shape[3]) == mask.shape:
-            values = np.where(mask[:, None, None, :], values, 0)
-        if (values.shape[0], values.shape[2]) == mask.shape:
-            values = np.moveaxis(values, 2, 1)[mask]
+    heads = split_heads(values, mask)
+    if mask is not None and heads.ndim == 4 and heads.shape[:2] != mask.shape:
+        values = heads
+        if (heads.shape[0], heads.shape[3]) == mask.shape:
+            values = np.where(mask[:, None, None, :], heads, 0)
     rows = token_rows(values, mask)
     hidden = np.abs(rows) > rows.dtype.type(_HIDDEN if rows.dtype.itemsize > 2 else _HIDDEN_HALF)
     return np.where(hidden, 0, rows) if hidden.any() else rows

@@ -1,6 +1,8 @@
 """OrtRunner: ONNX Runtime sessions as the compiler needs them."""
 
+import ctypes
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,8 @@ __all__ = ["Executed", "Feeds", "InputSpec", "OrtRunner", "cpu_threads", "single
 
 Feeds = dict[str, np.ndarray]
 _KERNEL_EVENT = "_kernel_time"
+# numpy has it from ml_dtypes, which ONNX Runtime does not know, as onnx.TensorProto numbers it.
+_BFLOAT16, _BFLOAT16_TYPE = "bfloat16", 16
 _NUMPY_OF_ORT = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -125,9 +129,7 @@ class OrtRunner:
             raise KernelError(
                 f"provider {provider} could not be started (its libraries are missing?); try another --provider"
             )
-        self._constants = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(_usable(array)) for name, array in (constants or {}).items()
-        }
+        self._constants = {name: _to_ort(array) for name, array in (constants or {}).items()}
         self.outputs = [value.name for value in self._session.get_outputs()]
 
     @property
@@ -152,16 +154,13 @@ class OrtRunner:
         Raises:
             KernelError: ONNX Runtime cannot run the model on these feeds.
         """
-        onnxruntime = require_onnxruntime()
         names = self.outputs if outputs is None else outputs
-        values: dict[str, Any] = dict(self._constants)
-        for name, array in feeds.items():
-            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(_usable(array))
+        values = self._constants | {name: _to_ort(array) for name, array in feeds.items()}
         try:
             results = self._session.run_with_ort_values(names, values)
         except Exception as error:  # ONNX Runtime raises a dozen unrelated types
             raise KernelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
-        return {name: value.numpy() for name, value in zip(names, results, strict=True)}
+        return {name: _from_ort(value) for name, value in zip(names, results, strict=True)}
 
     def executed(self) -> list[Executed]:
         """The distinct nodes that have run so far, where `record` was asked for; recording ends here."""
@@ -222,6 +221,27 @@ def _set_files(options: Any, folder: Path | None, optimized: Path | None, record
         options.optimized_model_filepath = str(optimized)
         data_file = f"{optimized.name}.data"
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data_file)
+
+
+def _to_ort(array: np.ndarray) -> Any:
+    """An OrtValue in the array's memory, which it keeps alive, or in that of a usable copy."""
+    values = require_onnxruntime().OrtValue
+    if array.dtype.name != _BFLOAT16:
+        return values.ortvalue_from_numpy(_usable(array))
+    return values.ortvalue_from_numpy_with_onnx_type(_usable(array), _BFLOAT16_TYPE)
+
+
+def _from_ort(value: Any) -> np.ndarray:
+    """The array of an OrtValue in main memory, whose memory it keeps alive; of bfloat16 ONNX Runtime makes none."""
+    if value.data_type() != f"tensor({_BFLOAT16})":
+        return np.asarray(value.numpy())
+    import ml_dtypes
+
+    shape = value.shape()
+    memory = (ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr())
+    memory.owner = value
+    array: np.ndarray = np.frombuffer(memory, ml_dtypes.bfloat16).reshape(shape)
+    return array
 
 
 def _usable(array: np.ndarray) -> np.ndarray:

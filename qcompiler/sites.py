@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from qcompiler.graph import SITE_KEY, Refusal, Site, collect_names, walk
 
-__all__ = ["find_sites", "module_path", "node_names"]
+__all__ = ["find_products", "find_sites", "module_path", "node_names"]
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 # Smaller tables cost more in scales and in the operator's overhead than they save.
@@ -48,6 +48,16 @@ def find_sites(model: ir.Model) -> tuple[list[Site], list[Refusal]]:
     _name_sites(sites)
     _find_lm_head(model, sites)
     return sites, refusals
+
+
+def find_products(graph: ir.Graph) -> list[ir.Node]:
+    """The MatMul nodes of a graph that multiply two computed values, as attention does: they have no weight."""
+
+    def computed(value: ir.Value | None) -> bool:
+        return value is not None and value.const_value is None and _constant_source(value) is None
+
+    found = (node for node in graph if node.op_type == "MatMul" and node.domain == "")
+    return [node for node in found if all(map(computed, node.inputs)) and _decoded_source(node.inputs[1]) is None]
 
 
 def node_names(node: ir.Node, weight: ir.Value | None = None) -> tuple[str, ...]:

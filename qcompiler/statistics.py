@@ -6,7 +6,7 @@ import numpy as np
 
 from qcompiler.errors import NumericsError
 
-__all__ = ["Hessian", "LayerFacts", "feature_rows"]
+__all__ = ["Hessian", "LayerFacts"]
 
 
 @dataclass(frozen=True)
@@ -23,25 +23,6 @@ class LayerFacts:
     tokens: int
 
 
-def feature_rows(activation: np.ndarray, axis: int, mask: np.ndarray | None) -> np.ndarray:
-    """An activation as rows of features.
-
-    Args:
-        activation: Any rank; `axis` runs along K.
-        axis: The feature axis.
-        mask: bool ``[B, S]``, False where a token is padding; used where the activation is ``[B, S, K]``, or
-            ``[B * S, K]`` as some exporters have it.
-
-    Returns:
-        float32 ``[T, K]``.
-    """
-    if axis not in (-1, activation.ndim - 1):
-        activation = np.moveaxis(activation, axis, -1)
-    if mask is not None and activation.shape[:-1] in (mask.shape, (mask.size,)):
-        activation = activation[mask.reshape(activation.shape[:-1])]
-    return np.ascontiguousarray(activation.reshape(-1, activation.shape[-1]), np.float32)
-
-
 class Hessian:
     """The sum of x x^T over tokens, ``X^T X`` for X ``[T, K]``: float32 within a batch, float64 across batches.
 
@@ -54,11 +35,12 @@ class Hessian:
         self.tokens = 0
 
     def product(self, rows: np.ndarray) -> tuple[np.ndarray, int]:
-        """One batch's share, float32 ``[K, K]`` from tokens float32 ``[T, K]``, and T; safe to call from threads."""
+        """One batch's share, float32 ``[K, K]`` from tokens ``[T, K]``, and T; safe to call from threads."""
         if rows.shape[-1] != self.total.shape[-1]:
             raise NumericsError(
                 f"an activation has {rows.shape[-1]} features where the weight has K = {self.total.shape[-1]}"
             )
+        rows = np.ascontiguousarray(rows, np.float32)
         return np.swapaxes(rows, -1, -2) @ rows, rows.shape[-2]
 
     def add(self, product: np.ndarray, tokens: int) -> None:

@@ -18,10 +18,11 @@ from qcompiler.calibration import row_mask
 from qcompiler.convolution import Geometry, patch_rows
 from qcompiler.errors import ModelError
 from qcompiler.graph import Site, input_feature_axis
+from qcompiler.numerics.rows import feature_rows
 from qcompiler.scratch import Scratch
 from qcompiler.segments import Segment, segment_model
 from qcompiler.session import Feeds, OrtRunner
-from qcompiler.statistics import Hessian, LayerFacts, feature_rows
+from qcompiler.statistics import Hessian, LayerFacts
 
 __all__ = ["Streaming", "in_flight"]
 

@@ -72,9 +72,16 @@ class IntegerAudit:
 
 
 def oversight_remarks(unfused: Iterable[Unfused]) -> list[str]:
-    """A warning for each operator that was meant to be integer and runs in float."""
-    found = (each for each in unfused if each.operator not in _CODERS)
-    return [f"{each.operator} '{each.node}' {each.reason}; {each.remedy}" for each in found]
+    """A warning for each operator that was meant to be integer and runs in float; those of one cause have one."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for each in unfused:
+        if each.operator not in _CODERS:
+            alike.setdefault((each.reason, each.remedy), []).append(f"{each.operator} '{each.node}'")
+    remarks = []
+    for (reason, remedy), names in alike.items():
+        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+        remarks.append(f"{names[0]}{more} {reason}; {remedy}")
+    return remarks
 
 
 def quantizes_values(model: onnx.ModelProto) -> bool:
@@ -97,8 +104,8 @@ class _Graph:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.nodes = list(_nodes(model.graph))
-        self.constants = {tensor.name for tensor in model.graph.initializer}
-        self.inputs = {value.name for value in model.graph.input} - self.constants
+        self.constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        self.inputs = {value.name for value in model.graph.input} - self.constants.keys()
         self.outputs = {value.name for value in model.graph.output}
         self.producer = {name: node for node in self.nodes for name in node.output if name}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
@@ -249,10 +256,22 @@ def _oversight(node: onnx.NodeProto, origin: onnx.NodeProto | None, graph: _Grap
     name = origin.name if origin is not None else _TOKEN.sub("", node.name)
     operator = origin.op_type if origin is not None else node.op_type
     reason = "reads codes but runs in float"
+    if origin is not None and _is_half(origin, graph):
+        why = "ONNX Runtime's CPU provider has no integer kernels of float16"
+        reason = f"was meant to be integer and runs in float, since {why}"
+        remedy = "compile the float32 model, with --float16 if the rest is to be float16"
+        return Unfused(name, operator, f"runs as {node.op_type} '{node.name}'", reason, False, remedy)
     if origin is not None:
         reason = f"was meant to be integer and runs in float{_cause(origin, graph)}"
     remedy = f"leave it float with --ignore '{name}', which saves the decoding"
     return Unfused(name, operator, f"runs as {node.op_type} '{node.name}'", reason, False, remedy)
+
+
+def _is_half(node: onnx.NodeProto, graph: _Graph) -> bool:
+    """Whether a node reads codes that are decoded to float16."""
+    decoder = graph.producer.get(node.input[0])
+    scale = decoder.input[1] if decoder is not None and decoder.op_type == "DequantizeLinear" else ""
+    return graph.constants.get(scale) == onnx.TensorProto.FLOAT16
 
 
 def _cause(node: onnx.NodeProto, graph: _Graph) -> str:

@@ -29,10 +29,21 @@ def _cuda_problem():
     return "" if provider in session.get_providers() else "the CUDA provider does not start"
 
 
+# Distribution in the extra `real` -> the module that it brings.
+REAL_MODULES = {
+    "accelerate": "accelerate", "efficientnet-lite-pytorch": "efficientnet_lite_pytorch", "gguf": "gguf",
+    "onnxruntime-genai": "onnxruntime_genai", "onnxscript": "onnxscript", "pillow": "PIL", "tokenizers": "tokenizers",
+    "torch": "torch", "transformers": "transformers",
+}  # fmt: skip
+
+
 def _real_problem():
-    needed = ("torch", "transformers", "gguf", "onnxruntime_genai", "PIL")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    missing = [name for name, module in REAL_MODULES.items() if importlib.util.find_spec(module) is None]
     return f"not installed: {', '.join(missing)} (the extra `real`)" if missing else ""
+
+
+def _torch_problem():
+    return "" if importlib.util.find_spec("torch") else "not installed: torch (the extra `torch`)"
 
 
 def pytest_addoption(parser):
@@ -44,7 +55,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
-    for marker, find_problem in (("gpu", _cuda_problem), ("real", _real_problem)):
+    for marker, find_problem in (("gpu", _cuda_problem), ("real", _real_problem), ("torch", _torch_problem)):
         marked = [item for item in items if item.get_closest_marker(marker)]
         problem = find_problem() if marked else ""
         if problem:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qcompiler.collectors import ChannelRange, RowSample, feature_rows
+from qcompiler.collectors import ChannelRange, RowSample
 from tests.builders import normal
 
 
@@ -47,10 +47,3 @@ def test_what_is_held_is_bounded():
         sample.add(sample.part(normal((5, 7, 4), seed)))
         assert len(sample._kept) <= 16
     assert sample.values.dtype == np.float32
-
-
-def test_rows_of_a_convolution_are_positions():
-    values = normal((2, 3, 4, 5), 0)
-    rows = feature_rows(values, 1)
-    assert rows.shape == (40, 3)
-    assert np.array_equal(rows[21], values[1, :, 0, 1])

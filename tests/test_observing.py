@@ -5,7 +5,7 @@ import pytest
 
 from qcompiler import observing
 from qcompiler.errors import ModelError
-from qcompiler.observing import observe, token_rows
+from qcompiler.observing import observe
 from tests.builders import decoder, linear_model, normal, parse, quantized, run, token_batches, with_outputs
 
 
@@ -68,14 +68,18 @@ def test_padding_is_left_out():
     assert [part.shape for part in found["scores0"]] == [(int(f["attention_mask"].sum()), 7) for f in data]
 
 
-def test_which_rows_are_tokens():
-    mask = np.array([[True, True, False], [True, False, False]])
-    whole, flat, other = normal((2, 3, 4), 1), normal((6, 4), 2), normal((2, 5, 4), 3)
-    np.testing.assert_array_equal(token_rows(whole, mask), whole[[0, 0, 1], [0, 1, 0]])
-    np.testing.assert_array_equal(token_rows(flat, mask), flat[[0, 1, 3]])
-    assert token_rows(other, mask) is other
-    assert token_rows(whole, None) is whole
-    assert token_rows(mask.astype(np.float32), mask).shape == (2, 3)  # [B, S] is one value a token, kept as it is
+def test_padding_is_left_out_behind_heads_unless_a_collector_wants_all():
+    text = """g (int64[B,S] input_ids, int64[B,S] attention_mask) => (float[B,5,S,4] y) {
+        h = Gather(t, input_ids) r = Reshape(h, split) k = Transpose <perm = [0, 2, 1, 3]> (r) y = Neg(k) }"""
+    model = parse(text, {"t": normal((512, 20), 1), "split": np.array([0, 0, 5, 4])})
+    (feeds,) = token_batches(1)
+    mask = feeds["attention_mask"].astype(bool)
+    rows, everything = Keep(), Keep()
+    everything.whole = True
+    observe(model, {model.graph[2].outputs[0]: [rows, everything]}, [feeds])
+    assert everything.parts[0].shape == (2, 5, 7, 4)
+    assert not mask.all()
+    np.testing.assert_array_equal(rows.parts[0], np.moveaxis(everything.parts[0], 2, 1)[mask])
 
 
 def test_a_collector_may_watch_several_values_and_a_value_have_several_collectors():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import qcompiler
+from tests.conftest import REAL_MODULES
 
 ROOT = Path(__file__).parent.parent
 # Folder in the repository -> where the wheel has it.
@@ -102,6 +103,13 @@ def test_wheel_metadata(wheel):
     assert not core & {"onnxruntime", "onnxruntime-gpu", "torch", "transformers", "tokenizers"}
     for extra, runtimes in (("cpu", {"onnxruntime"}), ("gpu", {"onnxruntime-gpu"})):
         assert {re.match(r"[\w.-]+", entry)[0] for entry in required if f'extra == "{extra}"' in entry} == runtimes
+
+
+def test_tests_on_real_models_know_all_that_they_need():
+    """What the extra holds and a test does not look for would fail it in the place of skipping it."""
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    extra = re.search(r"^real = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)[1]
+    assert set(re.findall(r'^ +"([\w-]+)', extra, re.MULTILINE)) == set(REAL_MODULES)
 
 
 def test_dependencies_are_what_is_imported():

@@ -91,7 +91,7 @@ ALGORITHMS = {
     "w4a16": ("gptq",),
     "w4a8": ("gptq",),  # the kernel quantizes what it reads
     "w8a8-dynamic-token": ("smoothquant", "gptq", "correct_bias"),
-    "w8a8-static": ("smoothquant", "smooth_conv", "gptq", "correct_bias"),
+    "w8a8-static": ("smoothquant", "gptq", "correct_bias"),
 }
 
 

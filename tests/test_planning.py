@@ -123,6 +123,13 @@ def test_an_inspection_lists_sites_and_counts_refusals(tmp_path):
     )
 
 
+def test_an_inspection_lists_the_names_of_products(tmp_path):
+    found = inspect_model(
+        stored(parse("g (float[B,8] x) => (float[B,B] y) { t = Transpose(x) [qk] y = MatMul(x, t) }"), tmp_path)
+    )
+    assert found.products == (("qk",),)
+
+
 def test_a_summary_counts_by_role_operator_and_state(tmp_path):
     found = inspect_model(stored(decoder(2), tmp_path))
     linear = 2 * 4 * (4 * 32 * 32 + 3 * 32 * 48) / 1e6

@@ -1,5 +1,7 @@
 """Sessions: providers, constants that are fed, and errors in one line."""
 
+import gc
+
 import numpy as np
 import onnx
 import pytest
@@ -55,6 +57,23 @@ def test_arrays_of_any_layout_are_fed():
     odd = np.frombuffer(b"\0" + FEEDS["x"].tobytes(), np.uint8)[1:].view(np.float32).reshape(3, 8)
     assert not odd.flags.aligned
     assert np.allclose(OrtRunner(model_bytes()).run({**FEEDS, "x": odd})["y"], FEEDS["x"] @ w, rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_goes_in_and_comes_out():
+    import ml_dtypes
+
+    text = """g (bfloat16[B,8] x, bfloat16[8,4] w) => (bfloat16[B,8] y, float[8,4] v) {
+        y = Identity(x) v = Cast <to = 1> (w) }"""
+    x, w = (normal(shape, 1).astype(ml_dtypes.bfloat16) for shape in ((3, 8), (8, 4)))
+    runner = OrtRunner(serialized(parse(text)), constants={"w": w})
+    assert [spec.dtype for spec in runner.inputs] == ["bfloat16"]
+    results = runner.run({"x": x[::-1]})
+    del runner
+    gc.collect()
+    assert results["y"].dtype == ml_dtypes.bfloat16
+    assert np.array_equal(results["y"], x[::-1])
+    assert np.array_equal(results["v"], w.astype(np.float32))
+    assert OrtRunner(serialized(parse(text)), constants={"w": w}).run({"x": x[:0]})["y"].shape == (0, 8)
 
 
 def test_a_path_finds_its_external_data(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from qcompiler.graph import input_feature_axis, read_weight
 from qcompiler.scheme import Pattern
-from qcompiler.sites import find_sites, module_path
+from qcompiler.sites import find_products, find_sites, module_path
 from tests.builders import apply, decoder, normal, parse, run, the_site
 
 W = normal((64, 24), 0)  # [K, N]
@@ -376,3 +376,13 @@ def test_a_weight_may_be_an_output_or_be_listed_among_the_inputs():
     text = "g (float[B,8] x, float[8,8] w) => (float[B,8] y) { [fc] y = MatMul(x, w) }"
     assert the_site(parse(text, {"w": SMALL["w"]}, opset=8, ir_version=3)).name == "fc"
     assert find_sites(parse(text, {})) == ([], [])
+
+
+def test_products_of_two_activations():
+    """Attention's; neither sites, nor what reads a weight behind other operators."""
+    text = """g (float[B,64] x) => (float[B,B] y) {
+        [site] a = MatMul(x, w) t = Transpose(w) [tied] b = MatMul(x, t)
+        c = DequantizeLinear(codes, scale) [decoded] d = MatMul(x, c) u = Transpose(x) [left] e = MatMul(w, u)
+        [scores] f = MatMul(a, u) g = Relu(f) h = Relu(e) [mix] y = MatMul(g, f) }"""
+    weights = {"w": normal((64, 64), 0), "codes": np.ones((64, 64), np.int8), "scale": np.array(0.1, np.float32)}
+    assert [node.name for node in find_products(parse(text, weights).graph)] == ["scores", "mix"]

@@ -1,51 +1,18 @@
-"""Rows of features out of activations, and their second moments."""
+"""Second moments of activations."""
 
 import numpy as np
 import pytest
 
 from qcompiler.errors import NumericsError
-from qcompiler.statistics import Hessian, feature_rows
+from qcompiler.statistics import Hessian
 from tests.builders import normal
 
-MASK = np.array([[1, 1, 0], [1, 0, 0]], bool)
 
-
-def test_the_last_axis_holds_the_features():
-    value = normal((2, 3, 4), 0)
-    assert np.array_equal(feature_rows(value, -1, None), value.reshape(6, 4))
-    assert np.array_equal(feature_rows(value, 2, None), value.reshape(6, 4))
-    assert np.array_equal(feature_rows(value[0], -1, None), value[0])
-    assert np.array_equal(feature_rows(value[0, 0], -1, None), value[0, :1])
-
-
-def test_a_convolution_has_its_features_on_axis_1():
-    value = normal((2, 3, 4, 5), 1)
-    rows = feature_rows(value, 1, None)
-    assert rows.shape == (40, 3)
-    assert rows.flags.c_contiguous
-    assert np.array_equal(rows[1 * 20 + 2 * 5 + 3], value[1, :, 2, 3])
-    assert np.array_equal(feature_rows(value[..., 0], 1, None)[5], value[1, :, 1, 0])
-
-
-def test_padding_is_left_out_of_rows_and_of_flattened_rows():
-    """Some exporters flatten [B, S, K] before a Gemm."""
-    value = normal((2, 3, 4), 2)
-    wanted = value[[0, 0, 1], [0, 1, 0]]
-    assert np.array_equal(feature_rows(value, -1, MASK), wanted)
-    assert np.array_equal(feature_rows(value.reshape(6, 4), -1, MASK), wanted)
-
-
-@pytest.mark.parametrize("shape", [(2, 4, 4), (3, 2, 4), (5, 4), (2, 3, 2, 4), (4,)])
-def test_a_mask_of_another_shape_masks_nothing(shape):
-    value = normal(shape, 3)
-    assert np.array_equal(feature_rows(value, -1, MASK), value.reshape(-1, 4))
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_rows_are_float32(dtype):
-    rows = feature_rows(normal((3, 4), 4, dtype), -1, None)
-    assert rows.dtype == np.float32
-    assert rows.flags.c_contiguous
+def test_rows_of_any_float_type_are_summed_in_float32():
+    rows = normal((3, 4), 4, "float16")
+    product, tokens = Hessian(4).product(rows)
+    assert (product.dtype, tokens) == (np.float32, 3)
+    assert np.allclose(product, rows.astype(np.float32).T @ rows.astype(np.float32), rtol=1e-6)
 
 
 def test_second_moments_are_summed_over_batches():

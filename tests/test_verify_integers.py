@@ -9,7 +9,7 @@ from qcompiler.scheme import Pattern, Scheme, SchemePlan
 from qcompiler.session import OrtRunner
 from qcompiler.verify import verify
 from qcompiler.verify_integers import audit_integers, oversight_remarks, quantizes_values
-from tests.builders import apply, context, normal, quantized, serialized
+from tests.builders import apply, context, normal, parse, quantized, serialized
 from tests.integer_models import CONV, PASSES, ROWS, batches, graph, integers
 from tests.stored_models import make_model, value, write
 
@@ -112,6 +112,20 @@ def test_a_gemm_whose_decoder_lacks_a_zero_point_is_an_oversight(audit):
     others = [each for each in left if each.operator != "Gemm"]
     assert [each.reason for each in others] == ["belongs to an operator that is not fused"] * 3
     assert {each.remedy for each in others} == {"see Gemm 'fc'"}
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic"])
+def test_half_precision_has_no_integer_kernels_and_is_warned_of_once(audit, scheme):
+    text = "g (float16[B,64] x) => (float16[B,24] y) { [one] h = MatMul(x, w) r = Relu(h) [two] y = MatMul(r, v) }"
+    model = parse(text, {"w": normal((64, 64), 0, "float16"), "v": normal((64, 24), 1, "float16")})
+    integers(model, [{"x": normal((16, 64), 2, "float16")}], scheme)
+    found, left = audit(serialized(model))
+    assert found.kernels == {}
+    (remark,) = oversight_remarks(left)
+    assert remark == (
+        "MatMul 'one' (and 1 more) was meant to be integer and runs in float, since ONNX Runtime's CPU provider has no "
+        "integer kernels of float16; compile the float32 model, with --float16 if the rest is to be float16"
+    )
 
 
 def test_a_gemm_with_zero_points_is_integer(audit):

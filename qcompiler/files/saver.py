@@ -14,6 +14,7 @@ from qcompiler.files.data_file import INLINE_BYTES, LARGE_BYTES, DataFile, tenso
 from qcompiler.files.loader import GENAI_CONFIG, resolve_model_path, source_of
 from qcompiler.files.transaction import OutputTransaction, check_folder, check_output
 from qcompiler.files.versions import required_ir_version
+from qcompiler.graph import EXTERNAL_BYTES
 
 __all__ = [
     "OutputTransaction",
@@ -28,8 +29,6 @@ __all__ = [
     "write_model",
 ]
 
-# Above this much weight data a model gets a file of external data.
-EXTERNAL_BYTES = 64 << 20
 # A protobuf message ends here; a little is left for the graph itself.
 _MESSAGE_BYTES = (1 << 31) - (1 << 24)
 _CHUNK = 1 << 24

@@ -82,12 +82,6 @@ class WeightSpec:
         scale_bits = 8 * storage_dtype(self.scale_dtype).itemsize + (0 if self.symmetric else self.bits)
         return self.bits + self.groups(columns) * scale_bits / columns
 
-    def __str__(self) -> str:
-        """Scheme text, e.g. ``w4a16-g64-asym``."""
-        if self.fp8:
-            return "w8a8-fp8"
-        return f"w{self.bits}a16-g{self.group_size}-{'sym' if self.symmetric else 'asym'}"
-
 
 @dataclass(frozen=True)
 class Grid:

@@ -105,6 +105,38 @@ def test_a_pattern_may_name_what_could_not_be_quantized_anyway():
     assert record.reason == "ignored (--ignore wide)"
 
 
+PRODUCTS = """g (float[B,S,64] x) => (float[B,S,64] y) {
+    [q] q = MatMul(x, w) t = Transpose <perm = [0, 2, 1]> (x) [scores] s = MatMul(q, t) [mix] y = MatMul(s, x) }"""
+
+
+@pytest.mark.parametrize(
+    ("options", "skipped"),
+    [
+        ({"ignore": ["scores"]}, {"scores": "ignored (--ignore scores)"}),
+        ({"overrides": {"mix": None}}, {"mix": "left float (--set mix=float)"}),
+        ({"ignore": ["re:s"]}, {"scores": "ignored (--ignore re:s)"}),
+        ({"overrides": {"mix": "w4a16"}}, {}),
+        (
+            {"overrides": {"mix": "w8a8-sym"}},
+            {"mix": "no layer runs with w8a8-sym, and a product is integer only beside one that does"},
+        ),
+        ({}, {}),
+    ],
+)
+def test_a_pattern_may_name_a_product_of_two_activations(options, skipped):
+    """It has no weight, so that it is no site, but it runs on integers too."""
+    model = parse(PRODUCTS, SQUARE)
+    result = apply("assign_scheme", model, context(plan=plan("w8a8", **options)))
+    assert only(result, "assigned") == ["q"]
+    assert {record.site: record.reason for record in result.records if record.action == "skipped"} == skipped
+
+
+def test_where_activations_stay_float_nothing_is_said_about_products():
+    for default in ("w4a16", "w8a8-dynamic"):
+        result = apply("assign_scheme", parse(PRODUCTS, SQUARE), context(plan=plan(default, ignore=["scores"])))
+        assert [record.site for record in result.records] == ["q"]
+
+
 def test_nothing_assigned_is_not_modified_and_the_graph_stays():
     model = linear_model(64, 24)
     before = text_of(model)

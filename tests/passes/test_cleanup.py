@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from qcompiler.errors import PassError
-from qcompiler.graph import SCHEME_KEY, SITE_KEY
+from qcompiler.files.saver import save_model
+from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY
+from qcompiler.scheme import Scheme, SchemePlan
 from tests.builders import apply, context, linear_model, normal, parse, quantized, run, text_of
 
 W = normal((8, 8), 0)
@@ -94,3 +96,66 @@ def test_a_quantized_weight_that_was_never_lowered_is_noticed():
     model = quantized(linear_model(64, 24))
     with pytest.raises(PassError, match="cleanup: the quantized weight 'w' was never lowered"):
         apply("cleanup", model)
+
+
+TIED = """g (int64[B,S] i) => (float[B,S,512] y) {
+    [embed] h = Gather(t, i) r = Relu(h) w = Transpose(t) [head] y = MatMul(r, w) }"""
+
+
+def tied(text=TIED):
+    """A model whose lookup table and last projection are one weight, lowered."""
+    scheme = Scheme.parse("w4a16-g32-asym")
+    model, ctx = parse(text, {"t": normal((512, 64), 1)}), context(plan=SchemePlan(scheme, scheme, scheme))
+    quantized(model, ctx)
+    for name in ("fuse_matmul_nbits", "fuse_gather"):
+        apply(name, model, ctx)
+    return model
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+def test_codes_that_a_table_shares_with_a_product_are_stored_once(tmp_path, optimize):
+    model, feeds = tied(), {"i": np.array([[0, 3, 511], [17, 3, 1]])}
+    (want,) = run(model, feeds, optimize=optimize)
+    before = sum(path.stat().st_size for path in save_model(model, tmp_path / "twice.onnx", force=False))
+    result = apply("cleanup", model)
+    assert result.modified
+    assert text_of(model) == [
+        "t_table = Flatten(t_codes)",
+        "h = GatherBlockQuantized(t_table, i, t_scales, t_zero_points)",
+        "r = Relu(h)",
+        "y = MatMulNBits(r, t_codes, t_scales, t_zero_points)",
+    ]
+    assert model.graph[0].metadata_props[PASS_KEY] == "cleanup"
+    assert np.array_equal(run(model, feeds, optimize=optimize)[0], want)
+    after = sum(path.stat().st_size for path in save_model(model, tmp_path / "once.onnx", force=False))
+    assert before - after > 0.95 * 512 * 64 / 2 + 4 * 512 * 64  # the codes, and the float weight
+    assert not apply("cleanup", model).modified
+
+
+def test_a_tied_table_inside_of_a_body_is_shared_too():
+    text = """g (bool p, int64[B,S] i, float[B,S,64] x) => (float[B,S,64] y, float[B,S,512] z) {
+        w = Transpose(t) [head] z = MatMul(x, w)
+        y = If (p) <then_branch = yes () => (float[B,S,64] s) { [embed] s = Gather(t, i) },
+            else_branch = no () => (float[B,S,64] u) { u = Relu(x) }> }"""
+    model = tied(text)
+    feeds = {"p": np.array(True), "i": np.array([[0, 3, 511]]), "x": normal((1, 3, 64), 3)}
+    want = run(model, feeds)
+    assert apply("cleanup", model).modified
+    assert "t_table" not in model.graph.initializers
+    for got, wanted in zip(run(model, feeds), want, strict=True):
+        assert np.array_equal(got, wanted)
+
+
+def test_an_opset_whose_flatten_has_no_integers_keeps_both():
+    model = tied()
+    model.opset_imports[""] = 8
+    apply("cleanup", model)
+    assert {"t_codes", "t_table"} <= set(model.graph.initializers)
+
+
+def test_a_model_too_large_for_one_file_keeps_both(monkeypatch):
+    """A file of external data holds the bytes once, and maps them."""
+    model = tied()
+    monkeypatch.setattr("qcompiler.passes.cleanup.EXTERNAL_BYTES", 512 * 64 // 2)
+    apply("cleanup", model)
+    assert {"t_codes", "t_table"} <= set(model.graph.initializers)

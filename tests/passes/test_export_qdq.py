@@ -493,3 +493,16 @@ def test_tensorrt_gets_float_biases():
 def test_sites_that_share_a_weight_run_on_integers_each():
     model, reference, feeds = integer("[one] h = MatMul(x, m0) n = Neg(h) [two] y = MatMul(n, m0)", TOKENS)
     assert check(model, reference, feeds, 35).count("MatMulIntegerToFloat") == 2
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-dynamic", "w8a8-dynamic-tensor", "w8a16int"])
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+def test_records_name_the_activations_too(scheme, op):
+    """A layer on integers is no w8a16, at any step."""
+    model, batches = linear_model(64, 24, op=op), [{"x": normal((8, 64), 3)}]
+    ctx = context(scheme=scheme, batches=batches, target="portable" if "int" in scheme else "cpu")
+    names = ("assign_scheme", "raise_opset", "rtn", "correct_bias", "insert_qdq", "insert_dynamic", "export_qdq")
+    records = [record for name in names for record in apply(name, model, ctx).records]
+    specs = [record.spec for record in records if record.site == "fc" and record.action in ("quantized", "fused")]
+    assert len(specs) == (3 if op == "Gemm" else 2)  # correct_bias has no bias to correct without one
+    assert set(specs) == {str(Scheme.parse(scheme).resolve(ctx.config.target))}

@@ -169,15 +169,30 @@ REFUSED = {
         "[bn] y = BatchNormalization (x, four, four, four, four)", "", "bn",
         "what it reads is not the result of Conv, ConvTranspose, Gemm or MatMul",
     ),
-    "a value for each column": (
-        f"{CONV} [m] y = Mul(c, row)", "", "m", "its constant of shape [6] is not one value, or one for each channel",
+    "a value for each column in between": (
+        f"{CONV} [m] d = Mul(c, row) {BEHIND.replace('(c,', '(d,')}", "", "bn",
+        "'m' in front of it is not: its constant of shape [6] is not one value, or one for each channel",
     ),
-    "a constant of more axes": (
-        f"{CONV} [m] z = Mul(c, more) y = Squeeze(z)", "", "m",
-        "its constant of shape [1, 1, 1, 1, 1] is not one value, or one for each channel",
+    "a constant of more axes in between": (
+        f"{CONV} [m] d = Mul(c, more) {BEHIND.replace('(c,', '(d,')}", "", "bn",
+        "'m' in front of it is not: its constant of shape [1, 1, 1, 1, 1] is not one value, or one for each channel",
     ),
-    "division by it": (f"{CONV} [m] y = Div(one, c)", "", "m", "it divides by the layer's result"),
-    "division by zero": (f"{CONV} [m] y = Div(c, zero)", "", "m", "it divides by zero"),
+    "division by it": (
+        f"{CONV} [m] d = Div(one, c) {BEHIND.replace('(c,', '(d,')}", "", "bn",
+        "'m' in front of it is not: it divides by the layer's result",
+    ),
+    "division by zero": (
+        f"{CONV} [m] d = Div(c, zero) {BEHIND.replace('(c,', '(d,')}", "", "bn",
+        "'m' in front of it is not: it divides by zero",
+    ),
+    "a normalization taken apart": (
+        f"{CONV} [m] d = Mul(c, each) [a] y = Add(d, each) r = Relu(c) z = ReduceSum(r)", "", "m",
+        "what it reads has other readers",
+    ),
+    "one taken apart the other way round": (
+        f"{CONV} [a] d = Sub(c, each) [m] y = Div(d, each) r = Relu(c) z = ReduceSum(r)", "", "a",
+        "what it reads has other readers",
+    ),
     "a variance that is not positive": (
         f"{CONV} [bn] y = BatchNormalization (c, gamma, beta, mean, negative)", "", "bn",
         "its variance is not positive",
@@ -185,9 +200,6 @@ REFUSED = {
     "the training form": (
         f"{CONV} [bn] y, m, v = BatchNormalization <training_mode = 1> (c, gamma, beta, mean, var)", "", "bn",
         "it is in its training form",
-    ),
-    "a hard swish": (
-        f"{CONV} [a] d = Add(c, one) e = HardSigmoid(d) y = Mul(c, e)", "", "a", "what it reads has other readers",
     ),
 }  # fmt: skip
 
@@ -197,7 +209,7 @@ def test_what_cannot_be_folded_is_left_alone_with_the_reason(case):
     text, outputs, name, reason = REFUSED[case]
     weights = {"w": normal((5, 4, 3, 3), 1), "row": normal(6, 2), "more": normal((1, 1, 1, 1, 1), 2), **statistics(5)}
     weights |= {"four": np.ones(4, np.float32), "negative": -np.ones(5, np.float32)}
-    weights |= {"one": np.array(1, np.float32), "zero": np.array(0, np.float32)}
+    weights |= {"one": np.array(1, np.float32), "zero": np.array(0, np.float32), "each": 1 + normal((5, 1, 1), 4) ** 2}
     model = parse(f"g (float[B,4,H,W] x) => (float[B,5,H,W] y{outputs}) {{ {text} }}", weights)
     before = text_of(model)
     result = apply("fold_batchnorm", model)
@@ -206,6 +218,37 @@ def test_what_cannot_be_folded_is_left_alone_with_the_reason(case):
     (record,) = result.records
     assert (record.site, record.action, record.reason) == (name, "skipped", f"not folded: {reason}")
     assert np.array_equal(model.graph.initializers["w"].const_value.numpy(), weights["w"])
+
+
+# Scales and shifts that nobody would call a normalization.
+SILENT = {
+    "a value for each column": "y = Mul(c, row)",
+    "a scale of its own": "y = Mul(c, each) r = Relu(c) z = ReduceSum(r)",
+    "a scale before a residual": "d = Mul(c, each) y = Add(d, c)",
+    "one shift before a scale": "d = Add(c, one) y = Mul(d, each) r = Relu(c) z = ReduceSum(r)",
+    "division by it": "y = Div(one, c)",
+    "a hard swish": "d = Add(c, one) e = HardSigmoid(d) y = Mul(c, e)",
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_of_other_arithmetic_nothing_is_said(case):
+    weights = {"w": normal((5, 4, 3, 3), 1), "row": normal(6, 2), "each": normal((5, 1, 1), 3)}
+    weights["one"] = np.array(1, np.float32)
+    model = parse(f"g (float[B,4,8,8] x) => (float[B,5,6,6] y) {{ {CONV} {SILENT[case]} }}", weights)
+    result = apply("fold_batchnorm", model)
+    assert (result.modified, result.records) == (False, ())
+
+
+def test_a_shift_that_stays_behind_its_folded_scale_is_recorded():
+    weights = {"w": normal((5, 4, 3, 3), 1), "k": normal((5, 1, 1), 2)}
+    text = f"{CONV} [m] d = Mul(c, k) [a] y = Add(d, k) r = Relu(d) z = ReduceSum(r)"
+    model = parse(f"g (float[B,4,8,8] x) => (float[B,5,6,6] y) {{ {text} }}", weights)
+    records = [(record.site, record.action, record.reason) for record in apply("fold_batchnorm", model).records]
+    assert records == [
+        ("layer", "rewritten", "Mul folded into its weight and bias"),
+        ("a", "skipped", "not folded: what it reads has other readers"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +318,9 @@ def test_half_precision_is_rounded_once():
 
 
 def test_what_exceeds_half_precision_is_refused():
-    model = model_of(*LAYERS["conv"], "Mul(c, k)", kind="float16", extra={"k": np.array([6e4], np.float16)})
+    model = model_of(*LAYERS["conv"], kind="float16")
+    gamma = model.graph.initializers["gamma"]
+    gamma.const_value = ir.tensor(np.full(6, 6e4, np.float16), name="gamma")
     (record,) = apply("fold_batchnorm", model).records
     assert (record.site, record.reason) == ("bn", "not folded: the weight or bias would exceed float16")
 

@@ -262,13 +262,7 @@ def test_products_are_quantized_unless_the_user_says_otherwise():
         model = graph(body, TOKENS)
         plan = SchemePlan(Scheme.parse("w8a8"), ignore=tuple(map(Pattern, ignored)))
         ctx = context(plan=plan, batches=data)
-        apply("canonicalize", model, ctx)
-        if ignored:
-            plan = SchemePlan(Scheme.parse("w8a8"))
-            apply("assign_scheme", model, context(plan=plan))
-        else:
-            apply("assign_scheme", model, ctx)
-        apply("rtn", model, ctx)
+        quantized(model, ctx)
         apply("insert_qdq", model, ctx, **options)
         assert sum(node.op_type == "DequantizeLinear" for node in model.graph) == count - (count == 6)
 
