@@ -6,9 +6,16 @@ arXiv:2211.10438, eq. 3 and 4:
     Y = (X / s)(s W),   s_j = max|X_j|^alpha / max_n|W_nj|^(1 - alpha)
 
 with the maximum of W over all readers of X. 1 / s is folded into what computes X (see `foldings`), so that nothing is
-added to the graph. The default alpha is the one of the least KL divergence to the float model on SmolLM2-135M (2048
+added to the graph.
+
+Unlike there, max|X_j| counts as that of the median channel at least: what calibration found silent would otherwise be
+amplified without limit when other data wake it up. On the Whisper encoder, one scale a tensor, that left a KL
+divergence of 2.7 nats; it is 0.0007 so, and 0.0016 without SmoothQuant.
+
+The default alpha is the one of the least KL divergence to the float model on SmolLM2-135M (2048
 tokens to calibrate on, 1536 others to compare; weights and activations of all 210 linear layers rounded to 8 bits):
 
+    (before the median was the least)
     alpha                       none    0.3     0.5     0.6     0.7     0.8     search
     a scale for each token      0.0454  0.0316  0.0138  0.0122  0.0115  0.0180  0.0105
     a scale for the tensor      0.661   0.626   0.170   0.076   0.044   0.051   0.081
@@ -75,16 +82,16 @@ class Options:
 
 
 def smoothing_factors(activations: np.ndarray, weights: np.ndarray, alpha: float) -> np.ndarray:
-    """The factors s, float64 ``[K]``; 1 where a channel or its weights are zero: there is nothing to balance.
+    """The factors s, float64 ``[K]``; 1 where there are no weights, or no activations at all, to balance.
 
     Args:
-        activations: Largest magnitude of each channel, ``[K]``.
+        activations: Largest magnitude of each channel, ``[K]``; as that of the median channel at least.
         weights: Largest magnitude in each column of all weights, ``[K]``.
         alpha: 0 balances the weights alone, 1 the activations alone.
     """
     activations, weights = activations.astype(np.float64), weights.astype(np.float64)
-    louder = np.maximum(activations, _EPSILON) ** alpha / np.maximum(weights, _EPSILON) ** (1 - alpha)
-    return np.where((activations > 0) & (weights > 0), np.maximum(louder, _EPSILON), 1.0)
+    louder = np.maximum(activations, max(float(np.median(activations)), _EPSILON)) ** alpha / np.maximum(weights, _EPSILON) ** (1 - alpha)
+    return np.where((weights > 0) & activations.any(), np.maximum(louder, _EPSILON), 1.0)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,11 @@ import numpy as np
 
 __all__ = ["Scratch"]
 
+# A file and its mapping take this much anyway.
+_PAGE = 1 << 12
+# Systems limit the mappings of a process (Linux: 65530); beyond this many files only large arrays get one.
+_MANY_FILES, _LARGE = 16384, 1 << 20
+
 
 class Scratch:
     """Keeps arrays; past `budget` bytes of live arrays new ones go to memory-mapped files in a temporary folder."""
@@ -24,7 +29,8 @@ class Scratch:
 
     def keep(self, array: np.ndarray) -> np.ndarray:
         """The same array, or a read-only mapping of a file with its contents."""
-        if self._budget is None or self.live_bytes + array.nbytes <= self._budget or array.nbytes < 1 << 16:
+        smallest = _PAGE if len(self._kept) < _MANY_FILES else _LARGE
+        if self._budget is None or self.live_bytes + array.nbytes <= self._budget or array.nbytes < smallest:
             self.live_bytes += array.nbytes
             self._kept[id(array)] = array.nbytes
             return array

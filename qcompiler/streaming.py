@@ -61,8 +61,8 @@ class Streaming:
             on_sites: Called with the sites of a level that read the same activation, and the facts about it.
         """
         masks = [row_mask(feeds) for feeds in batches]
-        boundary: list[Feeds] = [dict(feeds) for feeds in batches]
         with ThreadPoolExecutor(self.threads) as pool, Scratch(self.max_memory) as scratch:
+            boundary = [{name: _kept(array, scratch) for name, array in feeds.items()} for feeds in batches]
             for index, segment in enumerate(segments):
                 self.tick(index, len(segments))
                 # A session holds the weights that it was made with.
@@ -83,6 +83,16 @@ class Streaming:
         dtypes = {name: feeds[name].dtype for name in segment.inputs}
         proto, constants = segment_model(model, segment, dtypes)
         return OrtRunner(proto, provider=self.provider, threads=1, prepack=False, constants=constants)
+
+
+def _kept(array: np.ndarray, scratch: Scratch) -> np.ndarray:
+    """An input of the model; one that is mapped from a file takes no memory."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap):
+            return array
+        base = base.base
+    return scratch.keep(array)
 
 
 def _readers(segment: Segment) -> list[list[Site]]:

@@ -7,7 +7,7 @@ import pytest
 from qcompiler.scratch import Scratch
 from tests.builders import normal
 
-SIDE = 256  # a float32 array of 256 x 256 is 256 KiB; below 64 KiB none is worth a file
+SIDE = 256  # a float32 array of 256 x 256 is 256 KiB; below 4 KiB none is worth a file
 
 
 def big(seed, dtype="float32"):
@@ -53,9 +53,9 @@ def test_dropping_makes_room_and_frees_files_at_once(tmp_path):
 
 def test_small_arrays_are_never_spilled(tmp_path):
     with Scratch(0, tmp_path) as scratch:
-        small = np.zeros((1 << 16) - 1, np.uint8)
+        small = np.zeros((1 << 12) - 1, np.uint8)
         assert scratch.keep(small) is small
-        assert scratch.keep(np.zeros(1 << 16, np.uint8)).flags.owndata is False
+        assert scratch.keep(np.zeros(1 << 12, np.uint8)).flags.owndata is False
         assert len(files(tmp_path)) == 1
 
 
