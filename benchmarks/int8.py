@@ -107,7 +107,7 @@ def _tokens() -> dict[str, np.ndarray]:
 def _speech(part: str) -> Subject:
     figures = {name: function for name, function in whisper.FIGURES.items() if name.startswith(part)}
     folder = partial(whisper.calibration_folder, part)
-    ours = {"w8a8-dynamic": DYNAMIC, "w8a8": STATIC}
+    ours = {"w8a8-dynamic": DYNAMIC, "w8a8-dynamic-tensor": ("--scheme", "w8a8-dynamic-tensor"), "w8a8": STATIC}
     return Subject(partial(whisper.exported_part, part), folder, lambda: _first(folder()), figures, ours)
 
 
