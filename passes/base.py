@@ -38,6 +38,7 @@ __all__ = [
     "scheme_text",
     "site_scheme",
     "site_spec",
+    "streaming",
 ]
 
 logger = logging.getLogger(__name__)
@@ -270,6 +271,19 @@ def checked_weight(site: Site) -> np.ndarray:
     return weight
 
 
+def streaming(context: PassContext, name: str, *, sequential: bool) -> Streaming:
+    """How the pass called `name` streams calibration data through the model."""
+    config = context.config
+    return Streaming(
+        config.provider,
+        context.threads,
+        sequential,
+        # The rest is for Hessians, codes and what a batch needs while it runs.
+        config.max_memory // 4 if config.max_memory else None,
+        lambda done, total: context.tick(name, done, total),
+    )
+
+
 class SegmentPass(WeightQuantizer):
     """A weight algorithm that measures activations; runs segment by segment (see `segments`)."""
 
@@ -296,19 +310,9 @@ class SegmentPass(WeightQuantizer):
                 for group in self.by_spec(sites):
                     records.extend(self.quantize_sites(group, facts))
 
-            self._streaming().run(model, plan_segments(model, measured), context.calibration.batches, on_sites)
+            run = streaming(context, self.name, sequential=context.config.sequential)
+            run.run(model, plan_segments(model, measured), context.calibration.batches, on_sites)
         return QuantPassResult(model, bool(records), tuple(records))
-
-    def _streaming(self) -> Streaming:
-        config = self.context.config
-        return Streaming(
-            config.provider,
-            self.context.threads,
-            config.sequential,
-            # The rest is for Hessians, codes and what a batch needs while it runs.
-            config.max_memory // 4 if config.max_memory else None,
-            lambda done, total: self.context.tick(self.name, done, total),
-        )
 
     def by_spec(self, sites: Iterable[Site]) -> list[list[Site]]:
         """Group sites by their spec, in order."""

@@ -166,6 +166,12 @@ _compile_options = _options(
     ),
     click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads. Default: all cores."),
     click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seeds everything random."),
+    click.option(
+        "--bits-per-weight",
+        type=float,
+        help="Choose a format for each linear layer, so that all of them take this many bits a weight, scales included.",
+    ),
+    click.option("--max-size", help="Choose a format for each weight, so that the output is no larger, e.g. 90MB."),
     click.option("--max-memory", help="Memory past which activations go to disk, for example 2GB."),
     click.option(
         "--verify/--no-verify", default=True, show_default=True, help="Compare the output with the float model."
@@ -257,13 +263,14 @@ def _config(options: dict[str, Any]) -> Any:
         algorithms=(options["algorithm"],) if options["algorithm"] else (),
         provider=providers[0],
         verify_providers=tuple(providers),
-        max_memory=_bytes(options["max_memory"]),
+        max_memory=_bytes(options["max_memory"], "--max-memory"),
+        max_size=_bytes(options["max_size"], "--max-size"),
         min_sqnr_db=options["min_sqnr"],
-        **{name: value for name, value in options.items() if name in known and name != "max_memory"},
+        **{name: value for name, value in options.items() if name in known and name not in ("max_memory", "max_size")},
     )
 
 
-def _bytes(text: str | None) -> int | None:
+def _bytes(text: str | None, option: str) -> int | None:
     """Read ``1.5GB``, ``800MB`` or a plain number of bytes."""
     if text is None:
         return None
@@ -275,7 +282,7 @@ def _bytes(text: str | None) -> int | None:
     except (ValueError, OverflowError):
         size = -1
     if size < 0:
-        raise SchemeError(f"--max-memory {text} is not a size; write for example 2GB or 800MB")
+        raise SchemeError(f"{option} {text} is not a size; write for example 2GB or 800MB")
     return size
 
 

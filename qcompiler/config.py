@@ -41,6 +41,8 @@ class CompileConfig:
         reduce_range: Use 7 of the 8 bits of weights that meet 8-bit activations, for x86 processors without VNNI.
         kv_cache: What the key-value cache of a decoder becomes: a name from `KV_CACHES`.
         float16: Whether what stays float becomes float16.
+        bits_per_weight: Stored bits of the linear layers, scales included, that formats are chosen for.
+        max_size: Bytes of the output that formats are chosen for.
         seed: Seeds everything random.
         max_memory: Bytes of anonymous memory past which activations and codes are spilled to disk; None is unlimited.
         verify: Whether the output is compared with the float model.
@@ -72,6 +74,8 @@ class CompileConfig:
     reduce_range: bool = False
     kv_cache: str = "float"
     float16: bool = False
+    bits_per_weight: float | None = None
+    max_size: int | None = None
     seed: int = 0
     max_memory: int | None = None
     verify: bool = True
@@ -100,6 +104,12 @@ class CompileConfig:
             raise SchemeError(f"--threads {self.threads} is less than none; give 0 for all cores")
         if self.exclude_worst < 0:
             raise SchemeError(f"--exclude-worst {self.exclude_worst} is less than none; give 0 to leave no site out")
+        if self.bits_per_weight is not None and self.max_size is not None:
+            raise SchemeError("--bits-per-weight and --max-size are two budgets; keep one of them")
+        if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= 32:
+            raise SchemeError(f"--bits-per-weight {self.bits_per_weight:g} is no budget; give for example 3.5")
+        if (self.bits_per_weight or self.max_size) and self.output_format != "matmulnbits":
+            raise SchemeError("a budget is spent on the formats of MatMulNBits; drop --format qdq, or the budget")
         if not self.verify and (self.min_sqnr_db is not None or self.max_kl is not None):
             raise SchemeError("--min-sqnr and --max-kl are checked by the verification; drop them or --no-verify")
         if self.accuracy_level is not None and not 0 <= self.accuracy_level <= 4:
@@ -129,6 +139,8 @@ class CompileConfig:
             "reduce_range": self.reduce_range,
             "kv_cache": self.kv_cache,
             "float16": self.float16,
+            "bits_per_weight": self.bits_per_weight,
+            "max_size": self.max_size,
             "threads": self.threads,
             "seed": self.seed,
         }

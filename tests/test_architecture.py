@@ -63,10 +63,13 @@ LAYERS: dict[str, tuple[str, str]] = {
     "passes.*": (
         "passes.*",
         "passes.base lowering opset_rules float_types foldings convolution layers placement absorbing ranges "
-        "observing collectors torch_graph statistics segments graph targets config scheme records kernels.schemas "
-        "numerics errors",
+        "sensitivity "
+        "observing collectors blocks streaming session scratch tuning torch_graph statistics segments graph targets "
+        "config scheme records kernels.schemas numerics errors",
     ),
+    "sensitivity": ("sensitivity", "verify segments calibration session errors"),
     "passes.base": ("passes.base", "streaming segments statistics graph config scheme records numerics errors"),
+    "blocks": ("blocks", "streaming segments calibration session scratch graph numerics errors"),
     "tuning": ("tuning tuning.*", "itself torch_graph statistics graph scheme records numerics errors"),
     "opset_rules": ("opset_rules", "lowering graph errors"),
     "lowering": ("lowering lowering_*", "itself graph targets scheme numerics errors"),

@@ -6,8 +6,8 @@ import pytest
 from qcompiler.errors import NumericsError, SchemeError
 from qcompiler.graph import read_weight
 from qcompiler.numerics.affine import WeightSpec, clip_grid, min_max_grid, quantize
+from qcompiler.numerics.second_order import damped, sweep, upper_factor
 from qcompiler.passes import load
-from qcompiler.passes.gptq import damped, sweep, upper_factor
 from qcompiler.scheme import Pattern, Scheme, SchemePlan
 from qcompiler.statistics import LayerFacts
 from tests.builders import (

@@ -5,8 +5,8 @@ import pytest
 
 from qcompiler.errors import NumericsError
 from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, dequantize, min_max_grid, quantize
+from qcompiler.numerics.second_order import damped, sweep, sweep_groups, upper_factor
 from qcompiler.passes import load
-from qcompiler.passes.gptq import damped, sweep, sweep_groups, upper_factor
 from qcompiler.statistics import LayerFacts
 from tests.builders import apply, context, normal, only, parse, quantized, run
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, dequantize, min_max_grid, quantize
-from qcompiler.passes.gptq import damped, descend, refit_scales, sweep, upper_factor
+from qcompiler.numerics.second_order import damped, descend, refit_scales, sweep, upper_factor
 from tests.builders import normal
 
 K, N = 48, 10
