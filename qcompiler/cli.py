@@ -75,6 +75,11 @@ _compile_options = _options(
         "Default: gptq with calibration data, rtn without.",
     ),
     click.option(
+        "--effort",
+        help="What stands for --algorithm: fast (rtn, seconds), balanced (gptq, the default with calibration data), "
+        "or best (gptq and learned_rounding: minutes, and torch).",
+    ),
+    click.option(
         "--calibration",
         type=click.Path(path_type=Path),
         help="Data to measure on: .npz, folder of .npz, .npy of token ids, .jsonl or text.",
@@ -169,7 +174,7 @@ _compile_options = _options(
     click.option(
         "--bits-per-weight",
         type=float,
-        help="Choose a format for each linear layer, so that all of them take this many bits a weight, scales included.",
+        help="Choose a format for each linear layer, so that all of them take this many bits a weight with scales.",
     ),
     click.option("--max-size", help="Choose a format for each weight, so that the output is no larger, e.g. 90MB."),
     click.option("--max-memory", help="Memory past which activations go to disk, for example 2GB."),

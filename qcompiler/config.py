@@ -10,10 +10,11 @@ import numpy as np
 from qcompiler.errors import SchemeError
 from qcompiler.scheme import Scheme, SchemePlan
 
-__all__ = ["CALIBRATORS", "FORMATS_OUT", "KV_CACHES", "TARGETS", "CompileConfig"]
+__all__ = ["CALIBRATORS", "EFFORTS", "FORMATS_OUT", "KV_CACHES", "TARGETS", "CompileConfig"]
 
 TARGETS = ("cpu", "cuda", "tensorrt", "portable")
 FORMATS_OUT = ("matmulnbits", "qdq")
+EFFORTS = ("fast", "balanced", "best")
 KV_CACHES = ("float", "kv8", "kv4")
 CALIBRATORS = ("auto", "minmax", "average", "percentile", "mse", "entropy")
 
@@ -25,7 +26,8 @@ class CompileConfig:
     Attributes:
         plan: Which site gets which scheme.
         algorithms: Weight algorithms in order, e.g. ("gptq",); pass options in braces: "gptq{percdamp=0.02}".
-            Empty: gptq with calibration data, rtn without.
+            Empty: what `effort` stands for.
+        effort: How much time the algorithms may take: a name from `EFFORTS`; None is balanced.
         target: The kind of runtime the form is chosen for.
         output_format: ``matmulnbits`` or ``qdq``.
         accuracy_level: MatMulNBits' accuracy level; None chooses exact compute at 4 bits and level 4 at 2 and 8 bits.
@@ -59,6 +61,7 @@ class CompileConfig:
 
     plan: SchemePlan = field(default_factory=lambda: SchemePlan(Scheme(4)))
     algorithms: tuple[str, ...] = ()
+    effort: str | None = None
     target: str = "cpu"
     output_format: str = "matmulnbits"
     accuracy_level: int | None = None
@@ -95,9 +98,12 @@ class CompileConfig:
             (self.output_format, FORMATS_OUT, "--format"),
             (self.calibrator, CALIBRATORS, "--calibrator"),
             (self.kv_cache, KV_CACHES, "--kv-cache"),
+            (self.effort, EFFORTS, "--effort"),
         ):
-            if value not in known:
+            if value is not None and value not in known:
                 raise SchemeError(f"{option} {value} is unknown; choose one of {', '.join(known)}")
+        if self.effort is not None and self.algorithms:
+            raise SchemeError("--effort stands for algorithms; drop it, or --algorithm")
         if self.samples is not None and self.samples < 1:
             raise SchemeError(f"--samples {self.samples} leaves nothing to calibrate on; give at least 1")
         if self.threads < 0:

@@ -89,9 +89,8 @@ def compile_model(
         config, excluded = _without_worst(source, config, pipeline_text)
         before = stored_bytes(model)
         data = calibration_data(model, config)
-        config = replace(
-            config, algorithms=config.algorithms or pipeline.default_algorithms(config, calibrated=data is not None)
-        )
+        algorithms = config.algorithms or pipeline.default_algorithms(config, calibrated=data is not None)
+        config = replace(config, algorithms=algorithms, effort=None)
         context = PassContext(config, cpu_threads(config.threads), data, config.progress)
         manager = PassManager(pipeline.build(config, context, text=pipeline_text), _instruments(config))
         reports = manager.run(model, meter)

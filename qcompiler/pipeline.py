@@ -56,12 +56,16 @@ def order(steps: Sequence[Step]) -> list[Step]:
 
 
 def default_algorithms(config: CompileConfig, *, calibrated: bool) -> tuple[str, ...]:
-    """The algorithms where the user names none."""
+    """The algorithms where the user names none: what the effort stands for."""
     if not calibrated:
+        if config.effort == "best":
+            raise SchemeError("--effort best learns from data; give --calibration PATH, or another effort")
         return ("rtn",)
+    rounding = {"fast": ("rtn",), "best": ("gptq", "learned_rounding")}.get(config.effort or "", ("gptq",))
     if not quantizes_activations(config):
-        return ("gptq",)
-    return ("smoothquant", "gptq", "correct_bias")
+        return rounding
+    # At 8 bits nothing is left to learn; activations make the error.
+    return ("smoothquant", *rounding[:1], "correct_bias")
 
 
 def build(config: CompileConfig, context: PassContext, *, text: str | None = None) -> list[QuantPass]:

@@ -147,7 +147,7 @@ def plan_model(source: str | Path, config: CompileConfig, *, pipeline_text: str 
     model = load_model(source)
     before = stored_bytes(model)
     algorithms = config.algorithms or pipeline.default_algorithms(config, calibrated=config.calibration is not None)
-    full = pipeline.build(replace(config, algorithms=algorithms), PassContext(config), text=pipeline_text)
+    full = pipeline.build(replace(config, algorithms=algorithms, effort=None), PassContext(config), text=pipeline_text)
     reasons = {}
     for step in full:
         if step.stage <= Stage.PLAN:

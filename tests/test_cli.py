@@ -245,10 +245,12 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "exclude_worst": 2, "kv_cache": "kv4", "float16": True,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in given} == given
-    budgets = {"bits_per_weight", "max_size"}  # which go with neither each other nor QDQ
-    assert {*given, *budgets, "plan", "progress"} == set(type(config).__dataclass_fields__)
+    apart = {"bits_per_weight", "max_size", "effort"}  # which do not go with each other, QDQ or algorithms
+    assert {*given, *apart, "plan", "progress"} == set(type(config).__dataclass_fields__)
     run(qcompile, "m.onnx", "--bits-per-weight", 3.5)
     assert seen["config"].bits_per_weight == 3.5
+    run(qcompile, "m.onnx", "--effort", "best")
+    assert seen["config"].effort == "best"
     run(qcompile, "m.onnx", "--max-size", "90MB")
     assert seen["config"].max_size == 90_000_000
 
@@ -276,10 +278,13 @@ USAGE = {
     "no target": (["--target", "gpu"], "--target gpu is unknown"),
     "no format": (["--format", "qdq2"], "--format qdq2 is unknown"),
     "no level": (["--accuracy-level", 5], "--accuracy-level 5 does not exist"),
+    "no effort": (["--effort", "more"], "--effort more is unknown; choose one of fast, balanced, best"),
+    "effort and algorithm": (["--effort", "fast", "--algorithm", "rtn"], "drop it, or --algorithm"),
+    "best without data": (["--effort", "best"], "--effort best learns from data"),
     "no budget": (["--bits-per-weight", 0], "--bits-per-weight 0 is no budget"),
     "two budgets": (["--bits-per-weight", 4, "--max-size", "9MB"], "are two budgets"),
     "budget for QDQ": (["--max-size", "9MB", "--format", "qdq"], "drop --format qdq"),
-    "no size": (["--max-size", "small"], "--max-size small is not a size"),
+    "no size of the output": (["--max-size", "small"], "--max-size small is not a size"),
     "no rows": (["--samples", 0], "--samples 0"),
     "no threads": (["--threads", -1], "-1 is not in the range"),
     "no size": (["--max-memory", "much"], "--max-memory much is not a size"),

@@ -104,6 +104,23 @@ def test_algorithms_follow_from_the_schemes_and_the_data(scheme):
     assert [name for name in names if name in ALGORITHMS[scheme]] == list(ALGORITHMS[scheme])
 
 
+@pytest.mark.parametrize(
+    ("effort", "scheme", "algorithms"),
+    [
+        ("fast", "w4a16", ("rtn",)),
+        ("balanced", "w4a16", ("gptq",)),
+        ("best", "w4a16", ("gptq", "learned_rounding")),
+        ("fast", "w8a8-static", ("smoothquant", "rtn", "correct_bias")),
+        ("best", "w8a8-static", ("smoothquant", "gptq", "correct_bias")),
+    ],
+)
+def test_effort_stands_for_algorithms(effort, scheme, algorithms):
+    config = CompileConfig(plan=SchemePlan(Scheme.parse(scheme)), effort=effort)
+    assert pipeline.default_algorithms(config, calibrated=True) == algorithms
+    if effort != "best":
+        assert pipeline.default_algorithms(config, calibrated=False) == ("rtn",)
+
+
 def test_one_site_of_another_scheme_decides_too():
     override = (Pattern("fc"), Scheme.parse("w8a8-static"))
     config = CompileConfig(plan=SchemePlan(Scheme.parse("w4a16"), overrides=(override,)))
