@@ -271,7 +271,7 @@ def checked_weight(site: Site) -> np.ndarray:
     return weight
 
 
-def streaming(context: PassContext, name: str, *, sequential: bool) -> Streaming:
+def streaming(context: PassContext, name: str, *, sequential: bool, drift: bool = False) -> Streaming:
     """How the pass called `name` streams calibration data through the model."""
     config = context.config
     return Streaming(
@@ -281,6 +281,7 @@ def streaming(context: PassContext, name: str, *, sequential: bool) -> Streaming
         # The rest is for Hessians, codes and what a batch needs while it runs.
         config.max_memory // 4 if config.max_memory else None,
         lambda done, total: context.tick(name, done, total),
+        drift,
     )
 
 
@@ -289,6 +290,11 @@ class SegmentPass(WeightQuantizer):
 
     scope = "segment"
     needs_calibration = True
+
+    @property
+    def wants_drift(self) -> bool:
+        """Whether `LayerFacts.drift` is to be measured, which takes another run of the float model beside."""
+        return False
 
     def call(self, model: ir.Model) -> QuantPassResult:
         """Quantize what has no activations to measure, then level by level what has.
@@ -310,7 +316,7 @@ class SegmentPass(WeightQuantizer):
                 for group in self.by_spec(sites):
                     records.extend(self.quantize_sites(group, facts))
 
-            run = streaming(context, self.name, sequential=context.config.sequential)
+            run = streaming(context, self.name, sequential=context.config.sequential, drift=self.wants_drift)
             run.run(model, plan_segments(model, measured), context.calibration.batches, on_sites)
         return QuantPassResult(model, bool(records), tuple(records))
 

@@ -48,7 +48,7 @@ class CorrectBias(QuantPass):
 
     name = "correct_bias"
     stage = Stage.QUANTIZE
-    after = ("rtn", "gptq")
+    after = ("rtn", "gptq", "hqq", "obq", "learned_rounding")
     paper = "Nagel et al. 2019, arXiv:1906.04721"
     needs_calibration = True
     Options = Options

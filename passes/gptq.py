@@ -12,6 +12,11 @@ Columns are visited in the order of falling diag(H) ("act-order") while the grou
 diag(H), on scales that are already rounded to the dtype they are stored in. Columns that never fire (H_jj = 0) keep
 their round-to-nearest codes.
 
+With `drift`, the layers before are made up for too ("asymmetric calibration": Li et al. 2025, arXiv:2504.02692). Wanted
+is the product of the float weight with the float model's activation x_f, and the sweep starts from what is next to it
+in the quantized model, W + drift W D H^-1 with D = sum (x_f - x) x^T, in the place of W (see `second_order.shifted`).
+That runs the float model beside, which takes twice the time and memory of calibration.
+
 Shapes: W, Q ``[N, K]``; H ``[K, K]``; scale, zero point ``[N, G]``.
 """
 
@@ -27,6 +32,7 @@ from qcompiler.numerics.second_order import (
     descend,
     refit_scales,
     row_losses,
+    shifted,
     sweep,
     sweep_groups,
     upper_factor,
@@ -48,6 +54,9 @@ class Options:
     clip: bool = field(default=True, metadata={"help": "search clipped grids, errors weighted by diag(H)"})
     refine: int = field(default=0, metadata={"help": "rounds of scale refit and coordinate descent after the sweep"})
     lazy_block: int = field(default=128, metadata={"help": "columns between two updates of the whole weight"})
+    drift: float = field(
+        default=0.0, metadata={"help": "share of the error of the layers before that is made up for, 0 to 1"}
+    )
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
@@ -57,6 +66,8 @@ class Options:
             raise SchemeError(
                 f"pass gptq: refine={self.refine} and lazy_block={self.lazy_block} have to be at least 0 and 1"
             )
+        if not 0 <= self.drift <= 1:
+            raise SchemeError(f"pass gptq: drift={self.drift:g} is not between 0 and 1")
 
 
 class Gptq(SegmentPass):
@@ -65,12 +76,18 @@ class Gptq(SegmentPass):
     1. A site with measured activations is swept as above; sites that read the same activation are swept together.
     2. A lookup table or a site inside a control-flow body has no Hessian: it is rounded to nearest on a clipped grid.
     3. The groups of a convolution have a Hessian each and are swept side by side.
-    4. Where the damped Hessian cannot be factored, damping grows tenfold, is reported, and past 1.0 is an error.
+    4. `drift` has no effect on these, nor where weights are measured on the float model (--no-sequential).
+    5. Where the damped Hessian cannot be factored, damping grows tenfold, is reported, and past 1.0 is an error.
     """
 
     name = "gptq"
     paper = "Frantar et al. 2022, arXiv:2210.17323"
     Options = Options
+
+    @property
+    def wants_drift(self) -> bool:
+        """See `SegmentPass`."""
+        return bool(self.options.drift > 0)
 
     def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
         """Quantize a weight ``[N, K]``."""
@@ -81,6 +98,8 @@ class Gptq(SegmentPass):
             return Quantized(quantize(weight, grid, spec, threads), grid, remark)
         if facts.hessian.ndim == 3:
             return self._quantize_groups(weight, spec, facts.hessian)
+        if facts.drift is not None:
+            weight = shifted(weight, facts.drift, damped(facts.hessian, self.options.percdamp), self.options.drift)
         importance = np.diagonal(facts.hessian).astype(np.float32)
         order = np.argsort(-importance, kind="stable") if self.options.act_order else np.arange(len(importance))
         with ThreadPoolExecutor(1) as beside:  # matrix work, while the search for a grid and the sweep go on

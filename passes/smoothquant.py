@@ -90,7 +90,9 @@ def smoothing_factors(activations: np.ndarray, weights: np.ndarray, alpha: float
         alpha: 0 balances the weights alone, 1 the activations alone.
     """
     activations, weights = activations.astype(np.float64), weights.astype(np.float64)
-    louder = np.maximum(activations, max(float(np.median(activations)), _EPSILON)) ** alpha / np.maximum(weights, _EPSILON) ** (1 - alpha)
+    louder = np.maximum(activations, max(float(np.median(activations)), _EPSILON)) ** alpha / np.maximum(
+        weights, _EPSILON
+    ) ** (1 - alpha)
     return np.where((weights > 0) & activations.any(), np.maximum(louder, _EPSILON), 1.0)
 
 
@@ -118,6 +120,7 @@ class SmoothQuant(QuantPass):
 
     name = "smoothquant"
     stage = Stage.TRANSFORM
+    after = ("rotate",)
     paper = "Xiao et al. 2022, arXiv:2211.10438"
     needs_calibration = True
     Options = Options

@@ -17,10 +17,13 @@ class LayerFacts:
         hessian: float64 ``[K, K]``, the sum over tokens of x x^T; ``[groups, K, K]`` for a convolution of groups, each
             of which reads channels of its own.
         tokens: Number of tokens in the sum.
+        drift: float64 ``[K, K]``, the sum over tokens of (x_f - x) x^T with x_f the activation in the float model; None
+            where it was not asked for, and for a convolution of groups.
     """
 
     hessian: np.ndarray
     tokens: int
+    drift: np.ndarray | None = None
 
 
 class Hessian:
@@ -48,11 +51,11 @@ class Hessian:
         self.total += product
         self.tokens += tokens
 
-    def facts(self, site: str) -> LayerFacts:
+    def facts(self, site: str, drift: np.ndarray | None = None) -> LayerFacts:
         """The result; raises NumericsError naming `site` if an activation was not finite."""
-        if not np.isfinite(self.total).all():
+        if not (np.isfinite(self.total).all() and (drift is None or np.isfinite(drift).all())):
             raise NumericsError(
                 f"the activation that '{site}' reads holds NaN or infinity on the calibration data; "
                 "check the data, or leave the site float with --ignore"
             )
-        return LayerFacts(self.total, self.tokens)
+        return LayerFacts(self.total, self.tokens, drift)

@@ -43,6 +43,7 @@ class Streaming:
         sequential: Advance with the weights that the caller has just quantized, or with the float ones.
         max_memory: Bytes of activations past which batches wait on disk; None is unlimited.
         tick: Called with (levels done, levels).
+        drift: Whether the float model runs beside the one that is being quantized, for `LayerFacts.drift`.
     """
 
     provider: str
@@ -50,6 +51,7 @@ class Streaming:
     sequential: bool
     max_memory: int | None
     tick: Callable[[int, int], None]
+    drift: bool = False
 
     def run(self, model: ir.Model, segments: Sequence[Segment], batches: Sequence[Feeds], on_sites: OnSites) -> None:
         """Go through the levels.
@@ -63,16 +65,20 @@ class Streaming:
         masks = [row_mask(feeds) for feeds in batches]
         with ThreadPoolExecutor(self.threads) as pool, Scratch(self.max_memory) as scratch:
             boundary = [{name: _kept(array, scratch) for name, array in feeds.items()} for feeds in batches]
+            # The same in the float model, which differs where weights were quantized before.
+            beside = [{name: _kept(array, scratch) for name, array in feeds.items()} for feeds in batches if self.drift]
             for index, segment in enumerate(segments):
                 self.tick(index, len(segments))
                 # A session holds the weights that it was made with.
-                runner = None if self.sequential else self._runner(model, segment, boundary[0])
+                float_runner = self._runner(model, segment, boundary[0]) if beside or not self.sequential else None
                 for reading in _readers(segment):
-                    on_sites(reading, _measure(reading[0], boundary, masks, pool, self.threads))
+                    on_sites(reading, _measure(reading[0], boundary, beside, masks, pool, self.threads))
                 if index + 1 < len(segments):
-                    runner = runner or self._runner(model, segment, boundary[0])
+                    runner = self._runner(model, segment, boundary[0]) if self.sequential else float_runner
                     _advance(runner, segment, boundary, scratch, pool, self.threads)
-                del runner
+                    del runner
+                    _advance(float_runner, segment, beside, scratch, pool, self.threads)
+                del float_runner
                 gc.collect(0)
         self.tick(len(segments), len(segments))
 
@@ -114,24 +120,37 @@ def _groups(site: Site) -> int:
 
 
 def _measure(
-    site: Site, boundary: list[Feeds], masks: list[np.ndarray | None], pool: ThreadPoolExecutor, threads: int
+    site: Site,
+    boundary: list[Feeds],
+    beside: list[Feeds],
+    masks: list[np.ndarray | None],
+    pool: ThreadPoolExecutor,
+    threads: int,
 ) -> LayerFacts:
     """The facts about the activation that a site reads, summed over the batches in their order."""
     name = site.input.name or ""
     geometry, groups = _geometry(site), _groups(site)
     hessian = Hessian(site.columns, groups)
+    drift = np.zeros((site.columns, site.columns)) if beside and groups == 1 else None
 
-    def product(batch: int) -> tuple[np.ndarray, int]:
-        if name not in boundary[batch]:
+    def rows(batch: int, feeds: Feeds) -> np.ndarray:
+        if name not in feeds:
             raise ModelError(f"the activation '{name}' of '{site.name}' is not computed by the graph before it")
         if geometry is None:
-            return hessian.product(feature_rows(boundary[batch][name], input_feature_axis(site), masks[batch]))
-        rows = patch_rows(boundary[batch][name], geometry, groups, _MOST_PATCHES)
-        return hessian.product(rows[0] if groups == 1 else rows)
+            return feature_rows(feeds[name], input_feature_axis(site), masks[batch])
+        patches = patch_rows(feeds[name], geometry, groups, _MOST_PATCHES)
+        return np.asarray(patches[0]) if groups == 1 else patches
 
-    for part, tokens in in_flight(pool, product, range(len(boundary)), threads):
+    def product(batch: int) -> tuple[np.ndarray, int, np.ndarray | None]:
+        found = rows(batch, boundary[batch])
+        share = None if drift is None else (rows(batch, beside[batch]) - found).astype(np.float32).T @ found
+        return *hessian.product(found), share
+
+    for part, tokens, share in in_flight(pool, product, range(len(boundary)), threads):
         hessian.add(part, tokens)
-    return hessian.facts(site.name)
+        if drift is not None and share is not None:
+            drift += share
+    return hessian.facts(site.name, drift)
 
 
 def in_flight(

@@ -62,7 +62,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "passes": ("passes", "passes.base errors"),
     "passes.*": (
         "passes.*",
-        "passes.base lowering opset_rules float_types foldings convolution layers placement absorbing ranges "
+        "passes.base lowering opset_rules float_types rotation foldings convolution layers placement absorbing ranges "
         "sensitivity "
         "observing collectors blocks streaming session scratch tuning torch_graph statistics segments graph targets "
         "config scheme records kernels.schemas numerics errors",
@@ -74,6 +74,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "opset_rules": ("opset_rules", "lowering graph errors"),
     "lowering": ("lowering lowering_*", "itself graph targets scheme numerics errors"),
     "torch_graph": ("torch_graph torch_graph.*", "itself graph numerics errors"),
+    "rotation": ("rotation rotation.*", "itself foldings graph numerics errors"),
     "foldings": ("foldings foldings.*", "itself lowering graph numerics errors"),
     "collectors": ("collectors", "numerics errors"),
     "ranges": ("ranges", "observing collectors calibration session graph numerics errors"),

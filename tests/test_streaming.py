@@ -45,12 +45,12 @@ class Recording(Gptq):
         return super().quantize_sites(sites, facts, remark)
 
 
-def stream(model, batches, plan=None, *, threads=1, **options):
+def stream(model, batches, plan=None, *, threads=1, drift=0.0, **options):
     """Run GPTQ over a model; returns the algorithm and its result."""
     ctx = context(plan=plan or SchemePlan(SCHEME, SCHEME, SCHEME), batches=batches, threads=threads, **options)
     apply("canonicalize", model, ctx)
     apply("assign_scheme", model, ctx)
-    algorithm = Recording(ctx)
+    algorithm = Recording(ctx, drift=drift)
     with single_threaded_blas():
         result = algorithm(model)
     return algorithm, result
@@ -58,15 +58,19 @@ def stream(model, batches, plan=None, *, threads=1, **options):
 
 def hessian_of(model, site, batches, masks):
     """The sum over tokens of x x^T of what a site reads when the whole model runs, float64."""
-    total, tokens = 0, 0
+    rows = rows_of(model, site, batches, masks)
+    return rows.T @ rows, len(rows)
+
+
+def rows_of(model, site, batches, masks):
+    """What a site reads when the whole model runs, float64 [T, K]."""
+    found = []
     source = with_outputs(model, [site.input.name])
     for feeds, mask in zip(batches, masks, strict=True):
         (value,) = run(source, feeds, outputs=[site.input.name])
         value = np.moveaxis(value, input_feature_axis(site), -1)
-        rows = value.reshape(-1, value.shape[-1]) if mask is None else value[mask]
-        total = total + rows.astype(np.float64).T @ rows.astype(np.float64)
-        tokens += len(rows)
-    return total, tokens
+        found.append(value.reshape(-1, value.shape[-1]) if mask is None else value[mask])
+    return np.concatenate(found).astype(np.float64)
 
 
 def quantize_like(model, other, names):
@@ -154,6 +158,36 @@ def test_the_float_model_would_give_other_hessians():
         (site,) = (site for site in find_sites(plain)[0] if site.name == names[0])
         want, _ = hessian_of(plain, site, batches, [mask_of(feeds) for feeds in batches])
         assert np.linalg.norm(facts.hessian - want) > 1e-3 * np.linalg.norm(want), names
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_drift_is_that_from_the_float_model(name):
+    """Against runs of both whole models; what has nothing to measure is quantized in both."""
+    build, make_batches, groups, before = MODELS[name]
+    batches = make_batches()
+    masks = [mask_of(feeds) for feeds in batches]
+    model = build()
+    algorithm, _ = stream(model, batches, drift=0.5)
+    plain, done, drifted = quantize_like(build(), model, before), list(before), 0
+    for level in LEVELS.get(name, [set(group) for group in groups]):
+        half = quantize_like(build(), model, done)
+        for names, facts in algorithm.seen:
+            if facts is None or not set(names) <= level:
+                continue
+            (site,) = (site for site in find_sites(half)[0] if site.name == names[0])
+            x, wanted = (rows_of(each, site, batches, masks) for each in (half, plain))
+            want = (wanted - x).T @ x
+            assert np.linalg.norm(facts.drift - want) <= 1e-5 * np.linalg.norm(x.T @ x), names
+            drifted += np.linalg.norm(want) > 1e-3 * np.linalg.norm(x.T @ x)
+        done += sorted(level)
+    assert drifted >= len(groups) / 2
+
+
+def test_drift_is_measured_only_where_it_is_wanted():
+    algorithm, _ = stream(decoder(1), token_batches())
+    assert all(facts is None or facts.drift is None for _, facts in algorithm.seen)
+    algorithm, _ = stream(decoder(1), token_batches(), drift=1.0, sequential=False)
+    assert not any(facts.drift.any() for _, facts in algorithm.seen if facts is not None)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -11,7 +11,7 @@ import numpy as np
 
 from qcompiler.numerics.affine import Grid, WeightSpec, dequantize, round_to_grid, stored_scale
 
-__all__ = ["damped", "descend", "refit_scales", "row_losses", "sweep", "sweep_groups", "upper_factor"]
+__all__ = ["damped", "descend", "refit_scales", "row_losses", "shifted", "sweep", "sweep_groups", "upper_factor"]
 
 
 def damped(hessian: np.ndarray, percdamp: float) -> np.ndarray:
@@ -41,6 +41,25 @@ def damped(hessian: np.ndarray, percdamp: float) -> np.ndarray:
 def upper_factor(hessian: np.ndarray) -> np.ndarray:
     """The upper triangular A with ``A A^T = H``; raises numpy's LinAlgError where H is not positive definite."""
     return np.ascontiguousarray(np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1])
+
+
+def shifted(weight: np.ndarray, drift: np.ndarray, hessian: np.ndarray, share: float) -> np.ndarray:
+    """The target ``W + share * W D H^-1`` that makes up for what happened to the activations before.
+
+    With x_f the float model's activations and x those of the quantized one, ``D = sum (x_f - x) x^T``; then, with a
+    share of one, ``||Q X - W X_f||^2`` is ``||(Q - target) X||^2`` and a constant.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        drift: D, float64 ``[K, K]``.
+        hessian: float64 ``[K, K]``, damped.
+        share: 0 to 1.
+
+    Returns:
+        float32 ``[N, K]``.
+    """
+    move = np.linalg.solve(hessian, drift.T).T.astype(np.float32)  # D H^-1, as H is symmetric
+    return np.asarray(weight + np.float32(share) * (weight @ move))
 
 
 def sweep(

@@ -5,8 +5,8 @@ import pytest
 
 from qcompiler.errors import NumericsError, SchemeError
 from qcompiler.graph import read_weight
-from qcompiler.numerics.affine import WeightSpec, clip_grid, min_max_grid, quantize
-from qcompiler.numerics.second_order import damped, sweep, upper_factor
+from qcompiler.numerics.affine import WeightSpec, clip_grid, dequantize, min_max_grid, quantize
+from qcompiler.numerics.second_order import damped, shifted, sweep, upper_factor
 from qcompiler.passes import load
 from qcompiler.scheme import Pattern, Scheme, SchemePlan
 from qcompiler.statistics import LayerFacts
@@ -93,6 +93,49 @@ def test_options_that_change_no_result(options):
         assert np.allclose(other.grid.scale, reference.grid.scale, rtol=1e-6)
 
 
+def drifted(seed=0, K=48, tokens=400):
+    """An activation [T, K] and what it would be in the float model: another mixture of its channels, a fifth away."""
+    x = normal((tokens, K), seed, "float64") @ normal((K, K), seed + 1, "float64")
+    return x, x + 0.2 * x @ normal((K, K), seed + 2, "float64") / K**0.5
+
+
+def test_the_shifted_target_is_the_float_product_in_other_words():
+    """``||Q X - W X_f||^2`` and ``||(Q - target) X||^2`` differ by the same for all Q."""
+    x, wanted = drifted()
+    wanted += normal(wanted.shape, 9)  # which nothing can make up for
+    weight = normal((10, 48), 3)
+    target = shifted(weight, (wanted - x).T @ x, x.T @ x, 1.0)
+    differences = []
+    for seed in range(4):
+        other = normal((10, 48), seed + 4)
+        errors = x @ other.T - wanted @ weight.T, x @ (other - target).T
+        differences.append(np.square(errors[0]).sum() - np.square(errors[1]).sum())
+    assert np.allclose(differences, differences[0], rtol=1e-3)
+
+
+def test_drift_is_made_up_for():
+    """The more of it, the nearer the product comes to that of the float weight and the float activation."""
+    x, wanted = drifted()
+    weight = normal((10, 48), 3)
+    known = LayerFacts(x.T @ x, len(x), (wanted - x).T @ x)
+    errors = []
+    for share in (0, 0.5, 1):
+        result = gptq(drift=share, percdamp=0.001).quantize(weight, WeightSpec(8, 16, False), known)
+        values = dequantize(result.codes, result.grid.scale, result.grid.zero_point, 16)
+        errors.append(np.linalg.norm(x @ values.T - wanted @ weight.T))
+    assert errors[1] < 0.7 * errors[0]
+    assert errors[2] < 0.2 * errors[0]
+
+
+def test_without_drift_nothing_is_shifted():
+    weight, known = normal((10, 48), 3), facts()
+    still = LayerFacts(known.hessian, known.tokens, np.zeros((48, 48)))
+    want = gptq().quantize(weight, SPEC, known)
+    assert np.array_equal(gptq(drift=1.0).quantize(weight, SPEC, still).codes, want.codes)
+    assert np.array_equal(gptq(drift=1.0).quantize(weight, SPEC, known).codes, want.codes)
+    assert [gptq(drift=share).wants_drift for share in (0, 0.5)] == [False, True]
+
+
 def test_columns_that_never_fire_keep_their_nearest_codes_and_disturb_nobody():
     weight, known = normal((10, 48), 6), facts(seed=7)
     dead = [0, 5, 30, 47]
@@ -162,8 +205,9 @@ def test_past_the_limit_of_damping_there_is_an_error_that_names_the_sites():
         ({"percdamp": "nan"}, "percdamp=nan is not between"),
         ({"lazy_block": "0"}, "lazy_block=0 have to be at least 0 and 1"),
         ({"refine": "-1"}, "refine=-1 and lazy_block=128 have to be"),
+        ({"drift": "1.5"}, "drift=1.5 is not between 0 and 1"),
         ({"act_order": "maybe"}, "option act_order=maybe is not a bool"),
-        ({"damp": "1"}, "has no option 'damp'; it has: percdamp, act_order, clip, refine, lazy_block"),
+        ({"damp": "1"}, "has no option 'damp'; it has: percdamp, act_order, clip, refine, lazy_block, drift"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options, message):

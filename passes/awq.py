@@ -1,0 +1,257 @@
+"""AWQ: scale up the columns of weights that meet loud activations, so that rounding hurts these less.
+
+Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv:2306.00978,
+section 3.2:
+
+    Y = (X / s)(s W),   s_j = mean|X_j|^r,   r = 0, 0.05, ..., 0.95, normalized by sqrt(max s * min s)
+    with duo: s_j = mean|X_j|^r / mean|W_j|^(1 - r), |W| relative to the largest of its group
+
+1 / s is folded into what computes X (see `foldings`), so that nothing is added to the graph. Of all r the one is taken
+that leaves the least squared error of the products, summed over the readers of X, with H = X^T X of the float model:
+
+    tr(D H D^T),   D = Q(W s) / s - W
+
+Unlike there, the loss is that of the products and not of a whole attention or MLP; channels count as loud as a
+hundredth of the median one at least, since what calibration found silent may wake up.
+
+Shapes: X ``[T, K]``; W, D ``[N, K]``; H ``[K, K]``; s ``[K]``.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.errors import CalibrationError, NumericsError, SchemeError
+from qcompiler.foldings import Folding, find_foldings
+from qcompiler.graph import Site, input_feature_axis, read_weight
+from qcompiler.numerics.affine import WeightSpec, clip_grid, dequantize, min_max_grid, quantize
+from qcompiler.numerics.formats import float8_values
+from qcompiler.numerics.rows import feature_rows
+from qcompiler.numerics.second_order import row_losses
+from qcompiler.observing import observe
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, site_scheme, site_spec
+from qcompiler.records import SiteRecord
+from qcompiler.sites import find_sites
+from qcompiler.statistics import Hessian
+
+__all__ = ["Awq", "awq_factors", "relative_magnitudes", "scaled_loss"]
+
+logger = logging.getLogger(__name__)
+
+_SMALLEST = 1e-4
+_QUIET = 1e-2  # of the median channel
+# Bytes of Hessians held at a time, where no limit is given.
+_HESSIAN_BYTES = 1 << 30
+_BLOCK = 1 << 23  # weights that are rounded at a time
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `awq`."""
+
+    steps: int = field(default=20, metadata={"help": "exponents that are tried, from 0 on"})
+    duo: bool = field(default=False, metadata={"help": "divide by the size of the weights as well"})
+    clip: bool = field(default=False, metadata={"help": "try each exponent on clipped grids, weighted by diag(H)"})
+    caches: bool = field(default=False, metadata={"help": "let the values that a model caches between runs be scaled"})
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        if self.steps < 1:
+            raise SchemeError(f"pass awq: steps={self.steps} leaves nothing to try")
+
+
+def awq_factors(means: np.ndarray, magnitudes: np.ndarray | None, ratio: float) -> np.ndarray:
+    """The factors s, float64 ``[K]``.
+
+    Args:
+        means: ``[K]``, mean|X_j|.
+        magnitudes: ``[K]``, see `relative_magnitudes`; None leaves them out.
+        ratio: r.
+    """
+    means = means.astype(np.float64)
+    loud = np.maximum(means, _QUIET * float(np.median(means)))
+    if not loud.any():
+        return np.ones_like(loud)
+    factors = loud**ratio
+    if magnitudes is not None:
+        factors = factors / (magnitudes.astype(np.float64) ** (1 - ratio) + _SMALLEST)
+    factors = np.maximum(factors, _SMALLEST)
+    return np.asarray(factors / np.sqrt(factors.max() * factors.min()))
+
+
+def relative_magnitudes(weight: np.ndarray, group_size: int) -> np.ndarray:
+    """The sum over rows of |W|, relative to the largest of its group: float64 ``[K]``."""
+    size, columns = np.abs(weight), weight.shape[1]
+    largest = np.maximum.reduceat(size, np.arange(0, columns, group_size), axis=1)  # [N, G]
+    spread = np.repeat(largest, group_size, axis=1)[:, :columns]
+    return np.asarray(np.divide(size, spread, out=np.zeros_like(size), where=spread > 0).sum(0, dtype=np.float64))
+
+
+def scaled_loss(weight: np.ndarray, hessian: np.ndarray, factors: np.ndarray, spec: WeightSpec, *, clip: bool) -> float:
+    """``tr(D H D^T)`` with ``D = Q(W s) / s - W``.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        hessian: float32 ``[K, K]``.
+        factors: s, ``[K]``.
+        spec: Target format.
+        clip: Whether grids are clipped to the least error weighted by diag(H) / s^2, or span all values.
+    """
+    heads, s, loss = spec.head_size or 1, factors.astype(np.float32), 0.0
+    importance = np.diagonal(hessian) / np.square(s)
+    step = max(1, _BLOCK // (weight.shape[1] * heads)) * heads
+    for start in range(0, len(weight), step):
+        part = weight[start : start + step]
+        scaled = part * s
+        grid = clip_grid(scaled, spec, importance) if clip else min_max_grid(scaled, spec)
+        codes = quantize(scaled, grid, spec)
+        decoded = dequantize(float8_values(codes) if spec.fp8 else codes, grid.scale, grid.zero_point, spec.group_size)
+        loss += float(row_losses(decoded / s - part, hessian).sum())
+    return loss
+
+
+class Awq(QuantPass):
+    """AWQ by folding.
+
+    1. The activations that linear sites with a scheme read are rescaled where something before them can absorb the
+       factors: a normalization, a value projection, the linear factor of a gated product, a linear layer. Query heads
+       that share a value head share their factors.
+    2. Where folding would change what the model computes, the site is recorded as skipped with the reason.
+    3. r = 0, no scaling, is among the exponents: where no other lessens the loss, nothing is touched.
+    """
+
+    name = "awq"
+    stage = Stage.TRANSFORM
+    after = ("smoothquant", "rotate")
+    paper = "Lin et al. 2023, arXiv:2306.00978"
+    needs_calibration = True
+    Options = Options
+
+    def call(self, model: ir.Model) -> QuantPassResult:
+        """Measure the float model, then rescale it."""
+        foldings = find_foldings(model, _sites(model), caches=self.options.caches)
+        chosen = [folding for folding in foldings if not _problem(folding)]
+        calibration = self.context.calibration
+        if chosen and (calibration is None or not len(calibration.batches)):
+            raise CalibrationError("awq needs calibration data; give --calibration PATH, or leave it out")
+        done: dict[Folding, SiteRecord] = {}
+        for group in self._groups(chosen):
+            measured = self._measure(model, group)
+            for folding in group:
+                done[folding] = self._scale(folding, measured.pop(folding))
+        records = tuple(
+            done.get(folding) or SiteRecord(folding.sites[0].name, "skipped", reason=f"not scaled: {_problem(folding)}")
+            for folding in foldings
+        )
+        scaled = sum(record.action == "scaled" for record in records)
+        logger.info("awq: %d of %d activations rescaled", scaled, len(foldings))
+        return QuantPassResult(model, scaled > 0, records)
+
+    def _groups(self, foldings: Sequence[Folding]) -> Iterator[list[Folding]]:
+        """Foldings whose Hessians fit in memory together."""
+        limit = self.context.config.max_memory
+        room = limit // 4 if limit else _HESSIAN_BYTES
+        group: list[Folding] = []
+        used = 0
+        for folding in foldings:
+            needed = 8 * folding.channels**2
+            if group and used + needed > room:
+                yield group
+                group, used = [], 0
+            group.append(folding)
+            used += needed
+        if group:
+            yield group
+
+    def _measure(self, model: ir.Model, foldings: Sequence[Folding]) -> dict[Folding, "_Moments"]:
+        """Run the model, which computes the same however many of its activations are rescaled already."""
+        found = {folding: _Moments(folding.channels, input_feature_axis(folding.sites[0])) for folding in foldings}
+        observe(
+            model,
+            {folding.value: [moments] for folding, moments in found.items()},
+            self.context.calibration.batches,
+            provider=self.context.config.provider,
+            threads=self.context.threads,
+            tick=lambda done, total: self.context.tick(self.name, done, total),
+        )
+        return found
+
+    def _scale(self, folding: Folding, moments: "_Moments") -> SiteRecord:
+        first, *others = folding.sites
+        hessian = moments.hessian.facts(first.name).hessian.astype(np.float32)
+        readers = [(read_weight(site), site_spec(site, self.context.config)) for site in _assigned(folding.sites)]
+        if not all(np.isfinite(np.sum(weight, dtype=np.float64)) for weight, _ in readers):
+            raise NumericsError(
+                f"a weight that reads '{folding.value.name}', as '{first.name}' does, holds values that are NaN or "
+                f"infinite; mend the model, or leave the site float with --ignore '{first.name}'"
+            )
+        magnitudes = None
+        if self.options.duo:
+            sums = [relative_magnitudes(weight, spec.group_size) for weight, spec in readers]
+            magnitudes = np.sum(sums, axis=0) / sum(len(weight) for weight, _ in readers)
+
+        def loss(factors: np.ndarray) -> float:
+            return sum(scaled_loss(w, hessian, factors, spec, clip=self.options.clip) for w, spec in readers)
+
+        energy = sum(float(row_losses(weight, hessian).sum()) for weight, _ in readers)
+        ratios = [step / self.options.steps for step in range(self.options.steps)]
+        tried = [folding.tie(awq_factors(moments.means, magnitudes, ratio)) for ratio in ratios]
+        with ThreadPoolExecutor(self.context.threads) as pool:
+            plain, *losses = pool.map(loss, [np.ones(folding.channels), *tried])
+        best = int(np.argmin(losses))
+        ratio, s, least = ratios[best], tried[best], losses[best]
+        metrics = {
+            "relative_error_before": plain / energy if energy else 0.0,
+            "relative_error": min(plain, least) / energy if energy else 0.0,
+        }
+        logger.debug("%s: exponent %g, largest factor %g", first.name, ratio, s.max())
+        if least >= plain:
+            return SiteRecord(first.name, "skipped", reason="no exponent lessens the error", metrics=metrics)
+        folding.apply(s)
+        metrics |= {"ratio": ratio, "largest_factor": float(s.max())}
+        remarks = [f"scaled with {', '.join(site.name for site in others)}"] if others else []
+        remarks += [f"the cache {name} is scaled" for name in folding.caches]
+        return SiteRecord(first.name, "scaled", "", "; ".join(remarks), metrics)
+
+
+def _sites(model: ir.Model) -> list[Site]:
+    """The linear sites that have a scheme and are not quantized yet."""
+    return [site for site in _assigned(find_sites(model)[0]) if site.node.op_type != "Conv"]
+
+
+def _assigned(sites: Sequence[Site]) -> list[Site]:
+    return [site for site in sites if site_scheme(site) is not None and site.quantized is None]
+
+
+def _problem(folding: Folding) -> str:
+    """Why the folding is left alone; empty if it is not."""
+    nested = next((site.nested for site in folding.sites if site.nested), "")
+    if nested:
+        return f"inside the body of {nested}, whose activations are not measured"
+    return folding.stuck or folding.reason
+
+
+class _Moments:
+    """Collects X^T X and mean|X| of an activation X ``[T, K]``."""
+
+    def __init__(self, channels: int, axis: int) -> None:
+        self._axis = axis
+        self.hessian = Hessian(channels)
+        self._sums = np.zeros(channels)
+
+    def part(self, values: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
+        rows = feature_rows(values, self._axis)
+        return *self.hessian.product(rows), np.abs(rows).sum(0, dtype=np.float64)
+
+    def add(self, part: tuple[np.ndarray, int, np.ndarray]) -> None:
+        self.hessian.add(*part[:2])
+        self._sums += part[2]
+
+    @property
+    def means(self) -> np.ndarray:
+        """float64 [K]."""
+        return self._sums / max(1, self.hessian.tokens)

@@ -1,0 +1,265 @@
+"""Learned rounding: the codes and scales of a block's weights, moved by gradient until the block computes what it did.
+
+Cheng et al. 2023, arXiv:2309.05516 (AutoRound): sign descent on a rounding offset for every weight and a factor for
+every scale. The model is cut into blocks at narrow places (`qcompiler.blocks`; in a transformer a block is attention
+and MLP). A block's inputs come from the quantized blocks before it, its targets from the float model, so that it also
+makes up for what they got wrong. What is done by gradient is in `qcompiler.tuning.rounding`.
+
+With `distill=N` N more steps follow, for all weights at once, on the divergence of a language model's answers from
+those of the float model (`qcompiler.tuning.distillation`).
+
+Behind `gptq` it starts from GPTQ's codes and grids; by itself from codes rounded to nearest on clipped grids.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.blocks import TwoStreams, learned_outputs, plan_blocks, single_rows
+from qcompiler.errors import CalibrationError, PassError, SchemeError
+from qcompiler.graph import SCHEME_KEY, Site
+from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, quantize
+from qcompiler.passes.base import Quantized, QuantPassResult, WeightQuantizer, assigned_sites, scheme_text
+from qcompiler.records import SiteRecord
+from qcompiler.scratch import Scratch
+from qcompiler.segments import Segment
+from qcompiler.sites import find_sites
+from qcompiler.statistics import LayerFacts
+
+if TYPE_CHECKING:
+    from qcompiler.tuning import Example, Settings
+
+__all__ = ["LearnedRounding"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `learned_rounding`."""
+
+    steps: int = field(default=120, metadata={"help": "steps of descent for each block"})
+    batch: int = field(default=1, metadata={"help": "batches of calibration data in a step"})
+    rate: float = field(default=0.005, metadata={"help": "first step of the rounding offsets, in codes"})
+    scale_rate: float = field(default=0.0003, metadata={"help": "first step of the scales, as a fraction of each"})
+    momentum: float = field(default=0.9, metadata={"help": "share of the direction kept from step to step"})
+    held_out: int = field(default=2, metadata={"help": "batches that are not learned from, to judge by"})
+    narrow: int = field(default=2, metadata={"help": "narrow places in a block; 2 takes attention and MLP together"})
+    distill: int = field(default=0, metadata={"help": "steps through the whole model, on its answers' divergence"})
+    distill_rate: float = field(default=0.01, metadata={"help": "first step of the rounding offsets in these"})
+    distill_scale_rate: float = field(default=0.0005, metadata={"help": "first step of the scales in these"})
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        for name, least in (("steps", 0), ("distill", 0), ("batch", 1), ("held_out", 1), ("narrow", 1)):
+            if getattr(self, name) < least:
+                raise SchemeError(f"pass learned_rounding: {name}={getattr(self, name)} has to be at least {least}")
+        for name in ("rate", "scale_rate", "distill_rate", "distill_scale_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SchemeError(f"pass learned_rounding: {name}={getattr(self, name):g} is not between 0 and 1")
+        if not 0 <= self.momentum < 1:
+            raise SchemeError(f"pass learned_rounding: momentum={self.momentum:g} is not at least 0 and below 1")
+
+
+class LearnedRounding(WeightQuantizer):
+    """Tunes quantized weights block by block.
+
+    1. A site that nothing has quantized yet is rounded to nearest on a clipped grid, and is the better for 2.
+    2. The sites of a block are learned together and kept if that lowers the error on batches that were held out.
+    3. With `distill`, all sites are learned on together, and all kept or none.
+    4. Lookup tables, sites in control-flow bodies, 8-bit floats, weights other than float32, very wide layers (the
+       vocabulary's) and blocks with operators that PyTorch is not given keep what they have, with the reason.
+    """
+
+    name = "learned_rounding"
+    after = ("rtn", "gptq", "hqq", "obq")
+    paper = "Cheng et al. 2023, arXiv:2309.05516"
+    needs_calibration = True
+    Options = Options
+
+    def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
+        """Where to start: round a weight ``[N, K]`` to nearest on a clipped grid."""
+        del facts
+        grid = clip_grid(weight, spec, threads=self.context.threads)
+        return Quantized(quantize(weight, grid, spec), grid, "start of learned rounding")
+
+    def call(self, model: ir.Model) -> QuantPassResult:
+        """Quantize what is float, tune block by block, then through the whole model if that is wanted."""
+        _require_torch()
+        from qcompiler.tuning import tuning_problem
+
+        sites = _planned_sites(model)
+        calibration = self.context.calibration
+        if sites and (calibration is None or len(calibration.batches) <= self.options.held_out):
+            raise CalibrationError(
+                f"{self.name} needs calibration data of more than {self.options.held_out} batches, as many of which it "
+                "judges by; give --calibration PATH and --samples, or use gptq or rtn"
+            )
+        records = [record for site in assigned_sites(model) for record in self.quantize_sites([site], None)]
+        modified = bool(records)
+        problems = {site: tuning_problem(site) for site in sites}
+        records += [_skipped(site, problem) for site, problem in problems.items() if problem]
+        tunable = [site for site, problem in problems.items() if not problem]
+        if tunable:
+            linear = [site for site in find_sites(model)[0] if not site.nested and site.role != "embedding"]
+            provider = self.context.config.provider
+            blocks = plan_blocks(model, linear, calibration.batches[0], provider, self.options.narrow)
+            made = self._tune(model, tunable, blocks) if self.options.steps else []
+            made += self._distill(model, tunable, blocks) if self.options.distill else []
+            modified |= any(record.action == "quantized" for record in made)
+            records += made
+        return QuantPassResult(model, modified, tuple(records))
+
+    def _settings(self, *, whole: bool = False) -> "Settings":
+        from qcompiler.tuning import Settings
+
+        options = self.options
+        return Settings(
+            options.distill if whole else options.steps,
+            options.batch,
+            options.distill_rate if whole else options.rate,
+            options.distill_scale_rate if whole else options.scale_rate,
+            options.momentum,
+            self.context.config.seed,
+            self.context.threads,
+        )
+
+    def _tune(self, model: ir.Model, tunable: Sequence[Site], blocks: Sequence[Segment]) -> list[SiteRecord]:
+        """Go through the blocks up to the last that has sites to tune."""
+        config, context = self.context.config, self.context
+        nodes = {site.node for site in tunable}
+        last = max(index for index, block in enumerate(blocks) if any(site.node in nodes for site in block.sites))
+        records: list[SiteRecord] = []
+        with ThreadPoolExecutor(context.threads) as pool, self._scratch() as scratch:
+            streams = TwoStreams(model, context.calibration.batches, scratch, pool, context.threads)
+            for index, block in enumerate(blocks[: last + 1]):
+                context.tick(self.name, index, last + 1)
+                targets = streams.targets(block, config.provider)
+                sites = [site for site in block.sites if site.node in nodes]
+                if sites:
+                    records += self._tune_block(model, block, sites, streams, targets)
+                if index < last:
+                    streams.advance(block, targets, config.provider)
+        context.tick(self.name, last + 1, last + 1)
+        return records
+
+    def _tune_block(
+        self, model: ir.Model, block: Segment, sites: list[Site], streams: TwoStreams, targets: list[dict[str, Any]]
+    ) -> list[SiteRecord]:
+        """Learn the sites of a block, and keep the result if it is better on held-out batches."""
+        from qcompiler.torch_graph import TorchGraph, unsupported
+        from qcompiler.tuning import Example, start_of, tune_block
+
+        problems = unsupported(block.nodes, model.opset_imports)
+        if problems:
+            return [_skipped(site, f"its block cannot run in PyTorch: {problems[0]}") for site in sites]
+        outputs = learned_outputs(block, sites)
+        if not outputs:
+            return [_skipped(site, "nothing that later layers read depends on it") for site in sites]
+        graph = TorchGraph(block.nodes, model.opset_imports, outputs)
+        examples = [
+            Example({name: feeds[name] for name in graph.inputs}, {name: wanted[name] for name in outputs}, mask)
+            for feeds, wanted, mask in zip(streams.actual, targets, streams.masks, strict=True)
+        ]
+        starts = [start_of(site) for site in sites]
+        outcome = tune_block(graph, starts, *_parted(examples, self.options.held_out), self._settings())
+        learned = zip(outcome.codes, outcome.grids, strict=True)
+        return self._kept(sites, learned, outcome.before, outcome.after, "learned rounding")
+
+    def _distill(self, model: ir.Model, tunable: Sequence[Site], blocks: Sequence[Segment]) -> list[SiteRecord]:
+        """Descend through the whole model; all of it is kept, or nothing."""
+        from qcompiler.torch_graph import TorchGraph, unsupported
+        from qcompiler.torch_graph.dtypes import to_torch
+        from qcompiler.tuning import Example, Head, LearnedWeight, Stage, distill, start_of
+
+        config, context = self.context.config, self.context
+        nodes = {site.node for site in tunable}
+        *middle, end = blocks[1:]
+        problems = unsupported([node for block in blocks[1:] for node in block.nodes], model.opset_imports)
+        if problems or not middle or any(site.role != "lm_head" for site in end.sites):
+            why = f"its model cannot run in PyTorch: {problems[0]}" if problems else "no vocabulary is at the end"
+            return [_skipped(site, f"{why}, so that nothing is distilled") for site in tunable]
+        with ThreadPoolExecutor(context.threads) as pool, self._scratch() as scratch:
+            streams = TwoStreams(model, single_rows(context.calibration.batches), scratch, pool, context.threads)
+            streams.advance(blocks[0], streams.targets(blocks[0], config.provider), config.provider)
+            for block in middle:
+                streams.follow(block, streams.targets(block, config.provider))
+            examples = [Example(*each) for each in zip(streams.actual, streams.exact, streams.masks, strict=True)]
+            learned = {site.node: LearnedWeight(start_of(site), lean=True) for site in tunable}
+            stages = [
+                Stage(
+                    TorchGraph(block.nodes, model.opset_imports, block.outputs),
+                    block.carried,
+                    [learned[site.node] for site in block.sites if site.node in nodes],
+                )
+                for block in middle
+            ]
+            stored = [(site.weight.name, site.quantized) for site in end.sites if site.quantized is not None]
+            originals = {name: to_torch(tensor.meta["original"]) for name, tensor in stored if name}
+            head = Head(TorchGraph(end.nodes, model.opset_imports, end.outputs), originals)
+            before, after = distill(
+                stages,
+                head,
+                *_parted(examples, self.options.held_out),
+                self._settings(whole=True),
+                lambda done, total: context.tick("distillation", done, total),
+            )
+        found = ((each.codes.astype(np.uint8), each.grid) for each in learned.values())
+        return self._kept(tunable, found, before, after, "distilled")
+
+    def _kept(
+        self, sites: Sequence[Site], learned: Iterable[tuple[np.ndarray, Grid]], before: float, after: float, how: str
+    ) -> list[SiteRecord]:
+        """Write what was learned if it is better, and say so."""
+        from qcompiler.tuning import put_back
+
+        logger.debug("%s: held-out error %.3g, was %.3g", self.name, after, before)
+        figures = {"loss_before": before, "loss_after": after}
+        if not after < before:
+            remark = f"{how}: did not lower the error on held-out data ({before:.3g}, {after:.3g}), kept as it was"
+            return [SiteRecord(site.name, "skipped", scheme_text(site), remark, figures) for site in sites]
+        records = []
+        for site, (codes, grid) in zip(sites, learned, strict=True):
+            metrics = {**put_back(site, codes, grid, self.name), **figures}
+            records.append(SiteRecord(site.name, "quantized", scheme_text(site), how, metrics))
+        return records
+
+    def _scratch(self) -> Scratch:
+        most = self.context.config.max_memory
+        return Scratch(most // 4 if most else None)
+
+
+def _require_torch() -> None:
+    """Say what is missing before anything is measured."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise PassError(
+            "learned_rounding needs the package torch, which cannot be imported; pip install 'onnx-qcompiler[torch]', "
+            "or use gptq"
+        ) from error
+
+
+def _planned_sites(model: ir.Model) -> list[Site]:
+    """The sites that got a scheme, the first for each weight, quantized or not."""
+    found: dict[ir.Value, Site] = {}
+    for site in find_sites(model)[0]:
+        if SCHEME_KEY in site.node.metadata_props:
+            found.setdefault(site.weight, site)
+    return list(found.values())
+
+
+def _skipped(site: Site, problem: str) -> SiteRecord:
+    return SiteRecord(site.name, "skipped", scheme_text(site), f"rounding not learned: {problem}")
+
+
+def _parted(examples: "list[Example]", held_out: int) -> "tuple[list[Example], list[Example]]":
+    """What to learn from, and, evenly spread, what to judge by."""
+    count = len(examples)
+    apart = {(2 * index + 1) * count // (2 * held_out) for index in range(held_out)}
+    return [each for index, each in enumerate(examples) if index not in apart], [examples[i] for i in sorted(apart)]

@@ -1,0 +1,143 @@
+"""Distillation: the descent of `rounding` through a whole model, with the divergence of its answers as the loss.
+
+L is the mean over tokens of KL(float || quantized) of the probabilities that the model's head gives. Blocks are run
+forward and only what crosses between them is kept; then, from the last to the first, each is run again with gradients
+and its weights are moved at once. So memory holds the latents of all weights, but the activations of one block.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qcompiler.torch_graph import TorchGraph
+from qcompiler.torch_graph.dtypes import from_numpy
+from qcompiler.tuning.rounding import Example, LearnedWeight, Settings, shuffled, token_rows, torch_threads
+
+__all__ = ["Head", "Stage", "distill"]
+
+_Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A block between the model's beginning and its head.
+
+    Attributes:
+        graph: Its nodes, with everything that later ones read as outputs.
+        carried: What passes it by.
+        weights: What is learned.
+    """
+
+    graph: TorchGraph
+    carried: Sequence[str]
+    weights: Sequence[LearnedWeight]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The end of the model.
+
+    Attributes:
+        graph: Its nodes; its outputs are logits ``[..., V]``.
+        originals: Weights that are quantized, as they were.
+    """
+
+    graph: TorchGraph
+    originals: Mapping[str, Tensor]
+
+
+def distill(
+    stages: Sequence[Stage],
+    head: Head,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    settings: Settings,
+    tick: Callable[[int, int], None] | None = None,
+) -> tuple[float, float]:
+    """Learn the weights of all stages, one batch a step.
+
+    Args:
+        stages: In order.
+        head: What comes after them.
+        examples: To learn from: what the first stage reads, and what the head reads in the float model.
+        held_out: To judge by.
+        settings: How; `batch` is not used.
+        tick: Called with (steps done, steps).
+
+    Returns:
+        The divergence on the held-out batches before and after; the weights hold what was learned.
+    """
+    with torch_threads(settings.threads):
+        before = _mean(stages, head, held_out)
+        order = shuffled(len(examples), settings.seed)
+        for step in range(settings.steps):
+            _descend(stages, head, examples[next(order)], settings, 1 - step / settings.steps)
+            if tick is not None:
+                tick(step + 1, settings.steps)
+        return before, _mean(stages, head, held_out)
+
+
+def _descend(stages: Sequence[Stage], head: Head, example: Example, settings: Settings, share: float) -> None:
+    """One step of all weights."""
+    boundaries, last = _forward(stages, example)
+    slopes: _Values = {}
+    leaves = _leaves(last, head.graph)
+    _divergence(head, leaves, example).backward()
+    _gather(slopes, leaves)
+    for stage, boundary in zip(reversed(stages), reversed(boundaries), strict=True):
+        leaves = _leaves(boundary, stage.graph)
+        results = stage.graph.run(leaves, {weight.name: weight.open() for weight in stage.weights})
+        wanted = [name for name in stage.graph.outputs if name in slopes and results[name].requires_grad]
+        if wanted:
+            torch.autograd.backward([results[name] for name in wanted], [slopes.pop(name) for name in wanted])
+        _gather(slopes, leaves)
+        for weight in stage.weights:
+            weight.step(settings, share)
+
+
+def _forward(stages: Sequence[Stage], example: Example) -> tuple[list[_Values], _Values]:
+    """What each stage reads, and what the head reads."""
+    boundary = {name: from_numpy(array) for name, array in example.feeds.items()}
+    boundaries = []
+    with torch.no_grad():
+        for stage in stages:
+            boundaries.append(boundary)
+            values = {weight.name: weight.value() for weight in stage.weights}
+            results = stage.graph.run({name: boundary[name] for name in stage.graph.inputs}, values)
+            boundary = {**{name: boundary[name] for name in stage.carried}, **results}
+    return boundaries, boundary
+
+
+def _leaves(values: _Values, graph: TorchGraph) -> _Values:
+    """What a graph reads, ready to gather gradients."""
+    found = {name: values[name].detach() for name in graph.inputs}
+    return {name: value.requires_grad_() if value.is_floating_point() else value for name, value in found.items()}
+
+
+def _gather(slopes: _Values, leaves: _Values) -> None:
+    """Add the gradients of leaves to those that others left for the same values."""
+    for name, leaf in leaves.items():
+        if leaf.grad is not None:
+            slopes[name] = slopes[name] + leaf.grad if name in slopes else leaf.grad
+
+
+def _divergence(head: Head, reads: _Values, example: Example) -> Tensor:
+    """KL(float || quantized), the mean over tokens."""
+    with torch.no_grad():
+        exact = {name: from_numpy(example.targets[name]) for name in head.graph.inputs}
+        wanted = head.graph.run(exact, head.originals)
+    losses = []
+    for name, logits in head.graph.run(reads).items():
+        rows, goals = (token_rows(each, example.mask) for each in (logits, wanted[name]))
+        rows, goals = (functional.log_softmax(each.reshape(-1, each.shape[-1]), -1) for each in (rows, goals))
+        losses.append(functional.kl_div(rows, goals, log_target=True, reduction="sum") / len(rows))
+    return torch.stack(losses).sum()
+
+
+def _mean(stages: Sequence[Stage], head: Head, examples: Sequence[Example]) -> float:
+    with torch.no_grad():
+        found = [float(_divergence(head, _forward(stages, example)[1], example)) for example in examples]
+    return sum(found) / max(1, len(found))

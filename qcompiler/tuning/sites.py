@@ -1,0 +1,63 @@
+"""Quantized sites as descent takes them, and what it learned put back."""
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.graph import Site, write_weight
+from qcompiler.numerics.affine import Grid
+from qcompiler.numerics.metrics import sqnr_db
+from qcompiler.quantized import from_stored
+from qcompiler.tuning.rounding import Start
+
+__all__ = ["put_back", "start_of", "tuning_problem"]
+
+# A layer whose output is this many times as wide as what it reads is no part of a block: its targets would not fit.
+_WIDEST = 8
+
+
+def tuning_problem(site: Site) -> str:
+    """Why a site cannot be tuned, or nothing."""
+    if site.nested:
+        return f"inside the body of {site.nested}"
+    if site.role == "embedding":
+        return "a lookup table has no activations"
+    if site.quantized is None or "original" not in site.quantized.meta:
+        return "its float weight is gone"
+    if site.quantized.spec.fp8:
+        return "8-bit floats are not learned"
+    if site.dtype != ir.DataType.FLOAT:
+        return f"its weight is {site.dtype.name}, and descent is done in FLOAT"
+    if site.rows > _WIDEST * site.columns:
+        return f"its output is more than {_WIDEST} times as wide as its input"
+    return ""
+
+
+def start_of(site: Site) -> Start:
+    """A site's weight as it is quantized now."""
+    tensor = site.quantized
+    assert tensor is not None
+    scale = tensor.scale.astype(np.float32)
+    zero = np.full_like(scale, tensor.spec.format.mid) if tensor.zero_point is None else tensor.zero_point
+    grid = Grid(scale, zero.astype(np.float32))
+    return Start(site.weight.name or "", _original(site), tensor.codes(), grid, tensor.spec, site.layout)
+
+
+def put_back(site: Site, codes: np.ndarray, grid: Grid, pass_name: str) -> dict[str, float]:
+    """Write what was learned; returns figures for the record."""
+    old = site.quantized
+    assert old is not None
+    changed = float(np.mean(old.codes() != codes))
+    tensor = write_weight(site, codes, grid, old.spec, pass_name)
+    tensor.meta["original"] = old.meta["original"]
+    return {
+        "sqnr_db": sqnr_db(_original(site), tensor.dequantized()),
+        "bits_per_weight": old.spec.stored_bits(site.columns),
+        "changed_codes": changed,
+    }
+
+
+def _original(site: Site) -> np.ndarray:
+    """The float weight float32 ``[N, K]``."""
+    assert site.quantized is not None
+    original = np.asarray(site.quantized.meta["original"].numpy())
+    return np.ascontiguousarray(from_stored(original, site.layout), np.float32)
