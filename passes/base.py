@@ -38,6 +38,7 @@ __all__ = [
     "scheme_text",
     "site_scheme",
     "site_spec",
+    "spec_of",
     "streaming",
 ]
 
@@ -162,7 +163,11 @@ def assigned_sites(model: ir.Model) -> list[Site]:
 
 def site_spec(site: Site, config: CompileConfig) -> WeightSpec:
     """The WeightSpec of an assigned site."""
-    scheme = Scheme.parse(scheme_text(site))
+    return spec_of(site, Scheme.parse(scheme_text(site)), config)
+
+
+def spec_of(site: Site, scheme: Scheme, config: CompileConfig) -> WeightSpec:
+    """The WeightSpec that a resolved scheme means for a site."""
     return scheme.spec(
         site.columns,
         "float16" if config.float16 and site.scale_dtype == "float32" else site.scale_dtype,

@@ -31,6 +31,8 @@ from qcompiler.passes.base import (
     assigned_sites,
     checked_weight,
     site_scheme,
+    site_spec,
+    spec_of,
     streaming,
 )
 from qcompiler.quantized import to_stored
@@ -141,7 +143,7 @@ class MixedPrecision(QuantPass):
         weight = checked_weight(unit.site)
         rows = weight[np.linspace(0, len(weight) - 1, min(self.options.rows, len(weight))).astype(int)]
         share = len(weight) / len(rows)
-        specs = [self._spec(unit, scheme) for scheme in unit.schemes]
+        specs = [spec_of(unit.site, scheme, self.context.config) for scheme in unit.schemes]
         if facts is None or facts.hessian.ndim == 3:
             identity = np.eye(weight.shape[1], dtype=np.float32)
             unit.losses = [share * _rounded(rows, spec, identity) for spec in specs]
@@ -156,10 +158,6 @@ class MixedPrecision(QuantPass):
             _, loss = sweep(rows, factor, grid, spec, order, 128)
             unit.losses.append(share * float(loss.sum()))
         unit.probe_loss = share * _rounded(rows, _PROBE, hessian.astype(np.float32))
-
-    def _spec(self, unit: _Unit, scheme: Scheme) -> WeightSpec:
-        config, site = self.context.config, unit.site
-        return scheme.spec(site.columns, site.scale_dtype, signed_scale=config.target in ("cpu", "cuda"))
 
     def _probe(self, model: ir.Model, units: Sequence[_Unit]) -> None:
         """Measure what the probe's rounding of the weights that read the same activation costs at the outputs."""
@@ -194,11 +192,9 @@ class MixedPrecision(QuantPass):
         mine = {unit.site.weight for unit in units}
         fixed = 0
         for site in assigned_sites(model):
-            scheme = site_scheme(site)
-            if site.weight not in mine and scheme is not None:
+            if site.weight not in mine:
                 mine.add(site.weight)
-                spec = scheme.spec(site.columns, site.scale_dtype, signed_scale=config.target in ("cpu", "cuda"))
-                fixed += lowered_bytes(spec, site.rows, site.columns)
+                fixed += lowered_bytes(site_spec(site, config), site.rows, site.columns)
         rest = [value.const_value for g in model.graphs() for value in g.initializers.values() if value not in mine]
         fixed += sum({id(tensor): tensor.nbytes for tensor in rest if tensor is not None}.values())
         return 8 * (config.max_size - fixed - _file_overhead(model))
@@ -223,8 +219,7 @@ def _sized(unit: _Unit, config: CompileConfig) -> Iterator[tuple[int, float]]:
     """Stored bits and loss of each format."""
     site = unit.site
     for scheme, loss in zip(unit.schemes, unit.losses, strict=True):
-        spec = scheme.spec(site.columns, site.scale_dtype, signed_scale=config.target in ("cpu", "cuda"))
-        yield 8 * lowered_bytes(spec, site.rows, site.columns), loss
+        yield 8 * lowered_bytes(spec_of(site, scheme, config), site.rows, site.columns), loss
 
 
 def _rounded(weight: np.ndarray, spec: WeightSpec, hessian: np.ndarray) -> float:
