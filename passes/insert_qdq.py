@@ -27,7 +27,7 @@ from qcompiler.placement import Placement, place
 from qcompiler.ranges import Range, calibrate
 from qcompiler.records import SiteRecord
 from qcompiler.scheme import Activations
-from qcompiler.sites import find_sites, node_names
+from qcompiler.sites import find_products, find_sites, node_names
 from qcompiler.targets import IntegerRules
 
 __all__ = ["InsertQdq"]
@@ -84,16 +84,14 @@ class InsertQdq(QuantPass):
     def _products(self, graph: ir.Graph, scheme: Activations) -> list[ir.Node]:
         """MatMul nodes of two activations that the plan's patterns do not exclude."""
         plan = self.context.config.plan
+        if not self.options.products or scheme.fp8:
+            return []
         found = []
-        for node in graph:
-            if not self.options.products or node.op_type != "MatMul" or node.domain or scheme.fp8:
-                continue
-            if any(value is None or value.const_value is not None for value in node.inputs):
-                continue
+        for node in find_products(graph):
             chosen = plan.scheme_for("linear", node_names(node))[0]
             if chosen is not None and chosen.resolve(self.context.config.target).activations == scheme:
                 found.append(node)
-        return [node for node in found if not _reads_transposed_weight(node)]
+        return found
 
     def _ranges(self, model: ir.Model, placement: Placement) -> dict[ir.Value, Range]:
         config = self.context.config
@@ -113,15 +111,6 @@ class InsertQdq(QuantPass):
             shared = Range(low, high, f"{'/'.join(methods)}, shared by {len(members)} values")
             ranges.update((value, shared) for value in members)
         return ranges
-
-
-def _reads_transposed_weight(node: ir.Node) -> bool:
-    right = node.inputs[1]
-    producer = right.producer() if right is not None else None
-    if producer is None or producer.op_type != "Transpose":
-        return False
-    source = producer.inputs[0]
-    return source is not None and source.const_value is not None
 
 
 def _nodes_within(attribute: ir.Attr) -> Iterator[ir.Node]:
