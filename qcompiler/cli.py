@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from qcompiler import __version__
+from qcompiler.cli_recipe import recipe_text, use_recipe
 from qcompiler.errors import QCompilerError, SchemeError
 
 __all__ = ["main", "qcompile"]
@@ -198,6 +199,15 @@ _compile_options = _options(
     click.option(
         "--pipeline", "pipeline_text", help="Run exactly these passes, for example one that a failure printed."
     ),
+    click.option(
+        "--recipe",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=use_recipe,
+        help="YAML file of options by these names, one a line; what is given beside it comes first.",
+    ),
+    click.option("--print-recipe", is_flag=True, help="Print the recipe that says the same as the options, and stop."),
     _verbosity,
 )
 
@@ -215,12 +225,18 @@ def qcompile(model: Path, **options: Any) -> None:
     """Quantize an ONNX MODEL (a file, or a folder made by onnxruntime-genai's builder) and report what it cost."""
     from qcompiler import cli_output
     from qcompiler.driver import compile_model
+    from qcompiler.pipeline import default_algorithms
     from qcompiler.planning import plan_model
 
     verbose, quiet, dry_run = options.pop("verbose"), options.pop("quiet"), options.pop("dry_run")
     cli_output.set_up_logging(verbose, quiet)
-    output, text = options.pop("output"), options.pop("pipeline_text")
+    output, text, print_recipe = options.pop("output"), options.pop("pipeline_text"), options.pop("print_recipe")
     config = _config(options)
+    if print_recipe:
+        chosen = config.algorithms or default_algorithms(config, calibrated=config.calibration is not None)
+        spelled = {**click.get_current_context().params, "algorithm": ",".join(chosen), "effort": None}
+        click.echo(recipe_text(qcompile, spelled), nl=False)
+        return
     if dry_run:
         cli_output.print_plan(plan_model(model, config, pipeline_text=text))
         return

@@ -114,7 +114,7 @@ def test_tests_on_real_models_know_all_that_they_need():
 
 def test_dependencies_are_what_is_imported():
     """Every library that is imported is declared, and the core declares no library that is not imported."""
-    distributions = {"google": "protobuf", "onnx_ir": "onnx-ir"}
+    distributions = {"google": "protobuf", "onnx_ir": "onnx-ir", "yaml": "pyyaml"}
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     core = set(re.findall(r'"([\w-]+)>=', re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)[1]))
     extras = set(re.findall(r'^(?:cpu|gpu|text|report|torch) = \["([\w-]+)', text, re.MULTILINE))
