@@ -14,7 +14,8 @@ their round-to-nearest codes.
 
 With `drift`, the layers before are made up for too ("asymmetric calibration": Li et al. 2025, arXiv:2504.02692). Wanted
 is the product of the float weight with the float model's activation x_f, and the sweep starts from what is next to it
-in the quantized model, W + drift W D H^-1 with D = sum (x_f - x) x^T, in the place of W (see `second_order.shifted`).
+in the quantized model, W + drift W D H^-1 with D = sum (x_f - x) x^T, in the place of W (see `second_order.shift`). How
+much of that holds on batches that it was not found on is measured, and no more is taken.
 That runs the float model beside, which takes twice the time and memory of calibration.
 
 Shapes: W, Q ``[N, K]``; H ``[K, K]``; scale, zero point ``[N, G]``.
@@ -32,7 +33,8 @@ from qcompiler.numerics.second_order import (
     descend,
     refit_scales,
     row_losses,
-    shifted,
+    shift,
+    supported_share,
     sweep,
     sweep_groups,
     upper_factor,
@@ -98,8 +100,7 @@ class Gptq(SegmentPass):
             return Quantized(quantize(weight, grid, spec, threads), grid, remark)
         if facts.hessian.ndim == 3:
             return self._quantize_groups(weight, spec, facts.hessian)
-        if facts.drift is not None:
-            weight = shifted(weight, facts.drift, damped(facts.hessian, self.options.percdamp), self.options.drift)
+        weight = self._shifted(weight, facts)
         importance = np.diagonal(facts.hessian).astype(np.float32)
         order = np.argsort(-importance, kind="stable") if self.options.act_order else np.arange(len(importance))
         with ThreadPoolExecutor(1) as beside:  # matrix work, while the search for a grid and the sweep go on
@@ -117,6 +118,19 @@ class Gptq(SegmentPass):
             codes, grid, loss = self._refined(weight, codes, damped(facts.hessian, damping), grid, spec)
         remark = "" if damping == self.options.percdamp else f"damping grew to {damping:g}"
         return Quantized(codes, grid, remark, loss, energy)
+
+    def _shifted(self, weight: np.ndarray, facts: LayerFacts) -> np.ndarray:
+        """The weight that makes up for what the layers before did, as far as that holds on held-out data."""
+        if facts.drift is None:
+            return weight
+        share, part = self.options.drift, facts.held_out
+        if part is not None and part.drift is not None:
+            rest = damped(facts.hessian - part.hessian, self.options.percdamp)
+            found = shift(weight, facts.drift - part.drift, rest)
+            share *= supported_share(weight, found, part.drift, part.hessian)
+        if not share:
+            return weight
+        return weight + np.float32(share) * shift(weight, facts.drift, damped(facts.hessian, self.options.percdamp))
 
     def _quantize_groups(self, weight: np.ndarray, spec: WeightSpec, hessians: np.ndarray) -> Quantized:
         """Quantize the weight of a convolution of groups."""

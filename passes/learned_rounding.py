@@ -53,6 +53,9 @@ class Options:
     distill: int = field(default=0, metadata={"help": "steps through the whole model, on its answers' divergence"})
     distill_rate: float = field(default=0.01, metadata={"help": "first step of the rounding offsets in these"})
     distill_scale_rate: float = field(default=0.0005, metadata={"help": "first step of the scales in these"})
+    precision: str = field(
+        default="auto", metadata={"help": "of descent: float32, bfloat16, or auto: bfloat16 on processors that have it"}
+    )
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
@@ -62,6 +65,10 @@ class Options:
         for name in ("rate", "scale_rate", "distill_rate", "distill_scale_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SchemeError(f"pass learned_rounding: {name}={getattr(self, name):g} is not between 0 and 1")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise SchemeError(
+                f"pass learned_rounding: precision={self.precision} is unknown; choose auto, float32 or bfloat16"
+            )
         if not 0 <= self.momentum < 1:
             raise SchemeError(f"pass learned_rounding: momentum={self.momentum:g} is not at least 0 and below 1")
 
@@ -116,7 +123,7 @@ class LearnedRounding(WeightQuantizer):
         return QuantPassResult(model, modified, tuple(records))
 
     def _settings(self, *, whole: bool = False) -> "Settings":
-        from qcompiler.tuning import Settings
+        from qcompiler.tuning import Settings, fast_bfloat16
 
         options = self.options
         return Settings(
@@ -127,6 +134,7 @@ class LearnedRounding(WeightQuantizer):
             options.momentum,
             self.context.config.seed,
             self.context.threads,
+            self.options.precision == "bfloat16" or (self.options.precision == "auto" and fast_bfloat16()),
         )
 
     def _tune(self, model: ir.Model, tunable: Sequence[Site], blocks: Sequence[Segment]) -> list[SiteRecord]:
@@ -190,7 +198,8 @@ class LearnedRounding(WeightQuantizer):
             for block in middle:
                 streams.follow(block, streams.targets(block, config.provider))
             examples = [Example(*each) for each in zip(streams.actual, streams.exact, streams.masks, strict=True)]
-            learned = {site.node: LearnedWeight(start_of(site), lean=True) for site in tunable}
+            settings = self._settings(whole=True)
+            learned = {site.node: LearnedWeight(start_of(site), lean=True, dtype=settings.dtype) for site in tunable}
             stages = [
                 Stage(
                     TorchGraph(block.nodes, model.opset_imports, block.outputs),
@@ -206,10 +215,10 @@ class LearnedRounding(WeightQuantizer):
                 stages,
                 head,
                 *_parted(examples, self.options.held_out),
-                self._settings(whole=True),
+                settings,
                 lambda done, total: context.tick("distillation", done, total),
             )
-        found = ((each.codes.astype(np.uint8), each.grid) for each in learned.values())
+        found = ((each.codes, each.grid) for each in learned.values())
         return self._kept(tunable, found, before, after, "distilled")
 
     def _kept(

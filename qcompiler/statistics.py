@@ -19,11 +19,13 @@ class LayerFacts:
         tokens: Number of tokens in the sum.
         drift: float64 ``[K, K]``, the sum over tokens of (x_f - x) x^T with x_f the activation in the float model; None
             where it was not asked for, and for a convolution of groups.
+        held_out: The share in these sums of batches to judge by; None where there is no drift.
     """
 
     hessian: np.ndarray
     tokens: int
     drift: np.ndarray | None = None
+    held_out: "LayerFacts | None" = None
 
 
 class Hessian:

@@ -8,7 +8,7 @@ import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -28,6 +28,8 @@ __all__ = ["Streaming", "in_flight"]
 
 # Output positions of a convolution that are taken of a batch; neighbouring ones tell nearly the same.
 _MOST_PATCHES = 8192
+# One batch of so many tells how much of a drift is to be believed.
+_PARTS = 8
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 OnSites = Callable[[list[Site], LayerFacts], None]
@@ -130,8 +132,10 @@ def _measure(
     """The facts about the activation that a site reads, summed over the batches in their order."""
     name = site.input.name or ""
     geometry, groups = _geometry(site), _groups(site)
-    hessian = Hessian(site.columns, groups)
-    drift = np.zeros((site.columns, site.columns)) if beside and groups == 1 else None
+    sums = _Sums(site, groups, drift=bool(beside) and groups == 1)
+    # The shares of these batches are in `held_out` as well.
+    judge = _Sums(site, groups, drift=True) if sums.drift is not None and len(boundary) >= _PARTS else None
+    first_judge = len(boundary) - len(boundary) // _PARTS
 
     def rows(batch: int, feeds: Feeds) -> np.ndarray:
         if name not in feeds:
@@ -143,14 +147,28 @@ def _measure(
 
     def product(batch: int) -> tuple[np.ndarray, int, np.ndarray | None]:
         found = rows(batch, boundary[batch])
-        share = None if drift is None else (rows(batch, beside[batch]) - found).astype(np.float32).T @ found
-        return *hessian.product(found), share
+        share = None if sums.drift is None else (rows(batch, beside[batch]) - found).astype(np.float32).T @ found
+        return *sums.hessian.product(found), share
 
-    for part, tokens, share in in_flight(pool, product, range(len(boundary)), threads):
-        hessian.add(part, tokens)
-        if drift is not None and share is not None:
-            drift += share
-    return hessian.facts(site.name, drift)
+    for batch, parts in enumerate(in_flight(pool, product, range(len(boundary)), threads)):
+        sums.add(*parts)
+        if judge is not None and batch >= first_judge:
+            judge.add(*parts)
+    facts = sums.hessian.facts(site.name, sums.drift)
+    return facts if judge is None else replace(facts, held_out=judge.hessian.facts(site.name, judge.drift))
+
+
+class _Sums:
+    """Sums over batches."""
+
+    def __init__(self, site: Site, groups: int, *, drift: bool) -> None:
+        self.hessian = Hessian(site.columns, groups)
+        self.drift = np.zeros((site.columns, site.columns)) if drift else None
+
+    def add(self, part: np.ndarray, tokens: int, share: np.ndarray | None) -> None:
+        self.hessian.add(part, tokens)
+        if self.drift is not None and share is not None:
+            self.drift += share
 
 
 def in_flight(

@@ -281,8 +281,9 @@ def only_the_command_line_prints_and_exits(source: Source) -> Violations:
 
 
 def rounding_is_in_numerics(source: Source) -> Violations:
-    # The operators of torch_graph round as the standard says, which is no decision of ours.
-    if not source.module or layer_of(source.module) in ("numerics", "kernels.reference", "torch_graph"):
+    # The operators of torch_graph round as the standard says, which is no decision of ours; tuning rounds tensors of
+    # PyTorch, half to even as numerics does.
+    if not source.module or layer_of(source.module) in ("numerics", "kernels.reference", *TORCH_LAYERS):
         return
     for call, name, owner in _calls(source):
         if name in ROUNDING and owner is not None and owner != "math":

@@ -183,6 +183,19 @@ def test_the_drift_is_that_from_the_float_model(name):
     assert drifted >= len(groups) / 2
 
 
+def test_one_batch_of_eight_is_there_to_judge_by():
+    """The same as the facts of that batch alone; with fewer batches there is none."""
+    batches = token_batches(10)
+    algorithm, _ = stream(decoder(1), batches, drift=0.5, sequential=False)
+    alone, _ = stream(decoder(1), batches[-1:], drift=0.5, sequential=False)
+    for (names, facts), (same, last) in zip(algorithm.seen, alone.seen, strict=True):
+        assert names == same
+        if facts is not None:
+            assert facts.held_out.tokens == last.tokens < facts.tokens
+            assert np.allclose(facts.held_out.hessian, last.hessian, rtol=1e-5)
+            assert last.held_out is None
+
+
 def test_drift_is_measured_only_where_it_is_wanted():
     algorithm, _ = stream(decoder(1), token_batches())
     assert all(facts is None or facts.drift is None for _, facts in algorithm.seen)

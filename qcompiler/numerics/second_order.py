@@ -11,7 +11,17 @@ import numpy as np
 
 from qcompiler.numerics.affine import Grid, WeightSpec, dequantize, round_to_grid, stored_scale
 
-__all__ = ["damped", "descend", "refit_scales", "row_losses", "shifted", "sweep", "sweep_groups", "upper_factor"]
+__all__ = [
+    "damped",
+    "descend",
+    "refit_scales",
+    "row_losses",
+    "shift",
+    "supported_share",
+    "sweep",
+    "sweep_groups",
+    "upper_factor",
+]
 
 
 def damped(hessian: np.ndarray, percdamp: float) -> np.ndarray:
@@ -43,23 +53,37 @@ def upper_factor(hessian: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1])
 
 
-def shifted(weight: np.ndarray, drift: np.ndarray, hessian: np.ndarray, share: float) -> np.ndarray:
-    """The target ``W + share * W D H^-1`` that makes up for what happened to the activations before.
+def shift(weight: np.ndarray, drift: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+    """What is added to a weight to make up for what happened to the activations before: ``W D H^-1``.
 
-    With x_f the float model's activations and x those of the quantized one, ``D = sum (x_f - x) x^T``; then, with a
-    share of one, ``||Q X - W X_f||^2`` is ``||(Q - target) X||^2`` and a constant.
+    With x_f the float model's activations and x those of the quantized one, ``D = sum (x_f - x) x^T``; then
+    ``||Q X - W X_f||^2`` is ``||(Q - W - W D H^-1) X||^2`` and a constant.
 
     Args:
         weight: float32 ``[N, K]``.
         drift: D, float64 ``[K, K]``.
         hessian: float64 ``[K, K]``, damped.
-        share: 0 to 1.
 
     Returns:
         float32 ``[N, K]``.
     """
-    move = np.linalg.solve(hessian, drift.T).T.astype(np.float32)  # D H^-1, as H is symmetric
-    return np.asarray(weight + np.float32(share) * (weight @ move))
+    return np.asarray(weight @ np.linalg.solve(hessian, drift.T).T.astype(np.float32))  # D H^-1, as H is symmetric
+
+
+def supported_share(weight: np.ndarray, change: np.ndarray, drift: np.ndarray, hessian: np.ndarray) -> float:
+    """The share, 0 to 1, of a `shift` found on other data that brings products closest to the float model's.
+
+    ``||(W + share * change) X - W X_f||^2`` is least where the share is ``<W D, change> / <change H, change>``.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        change: float32 ``[N, K]``.
+        drift: D of these data, float64 ``[K, K]``.
+        hessian: H of these data, float64 ``[K, K]``.
+    """
+    cost = float(row_losses(change, hessian.astype(np.float32)).sum())
+    gain = float(np.einsum("nk,nk->", weight @ drift.astype(np.float32), change, dtype=np.float64))
+    return min(1.0, max(0.0, gain / cost)) if cost > 0 else 0.0
 
 
 def sweep(

@@ -1,7 +1,8 @@
 """Learning by gradient what a weight is rounded to; needs the extra `torch`."""
 
 from qcompiler.tuning.distillation import Head, Stage, distill
-from qcompiler.tuning.rounding import Example, LearnedWeight, Outcome, Settings, Start, tune_block
+from qcompiler.tuning.learned_weight import LearnedWeight, Pace, Start
+from qcompiler.tuning.rounding import Example, Outcome, Settings, fast_bfloat16, tune_block
 from qcompiler.tuning.sites import put_back, start_of, tuning_problem
 
 __all__ = [
@@ -9,10 +10,12 @@ __all__ = [
     "Head",
     "LearnedWeight",
     "Outcome",
+    "Pace",
     "Settings",
     "Stage",
     "Start",
     "distill",
+    "fast_bfloat16",
     "put_back",
     "start_of",
     "tune_block",

@@ -7,6 +7,7 @@ and its weights are moved at once. So memory holds the latents of all weights, b
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch.nn import functional
 
 from qcompiler.torch_graph import TorchGraph
 from qcompiler.torch_graph.dtypes import from_numpy
-from qcompiler.tuning.rounding import Example, LearnedWeight, Settings, shuffled, token_rows, torch_threads
+from qcompiler.tuning.learned_weight import LearnedWeight, Pace
+from qcompiler.tuning.rounding import Example, Settings, products, shuffled, token_rows, torch_threads
 
 __all__ = ["Head", "Stage", "distill"]
 
@@ -74,39 +76,42 @@ def distill(
         before = _mean(stages, head, held_out)
         order = shuffled(len(examples), settings.seed)
         for step in range(settings.steps):
-            _descend(stages, head, examples[next(order)], settings, 1 - step / settings.steps)
+            _descend(stages, head, examples[next(order)], settings, settings.pace(step))
             if tick is not None:
                 tick(step + 1, settings.steps)
         return before, _mean(stages, head, held_out)
 
 
-def _descend(stages: Sequence[Stage], head: Head, example: Example, settings: Settings, share: float) -> None:
+def _descend(stages: Sequence[Stage], head: Head, example: Example, settings: Settings, pace: Pace) -> None:
     """One step of all weights."""
-    boundaries, last = _forward(stages, example)
     slopes: _Values = {}
-    leaves = _leaves(last, head.graph)
-    _divergence(head, leaves, example).backward()
+    opened = [{weight.name: weight.open() for weight in stage.weights} for stage in stages]
+    with products(settings):
+        boundaries, last = _forward(stages, opened, example)
+        leaves = _leaves(last, head.graph)
+        loss = _divergence(head, leaves, example)
+    loss.backward()
     _gather(slopes, leaves)
-    for stage, boundary in zip(reversed(stages), reversed(boundaries), strict=True):
-        leaves = _leaves(boundary, stage.graph)
-        results = stage.graph.run(leaves, {weight.name: weight.open() for weight in stage.weights})
+    for stage in reversed(stages):
+        leaves = _leaves(boundaries.pop(), stage.graph)
+        with products(settings):
+            results = stage.graph.run(leaves, opened.pop())
         wanted = [name for name in stage.graph.outputs if name in slopes and results[name].requires_grad]
         if wanted:
             torch.autograd.backward([results[name] for name in wanted], [slopes.pop(name) for name in wanted])
         _gather(slopes, leaves)
         for weight in stage.weights:
-            weight.step(settings, share)
+            weight.step(pace)
 
 
-def _forward(stages: Sequence[Stage], example: Example) -> tuple[list[_Values], _Values]:
-    """What each stage reads, and what the head reads."""
+def _forward(stages: Sequence[Stage], opened: Sequence[_Values], example: Example) -> tuple[list[_Values], _Values]:
+    """What each stage reads, and what the head reads, with the weights that are given for each stage."""
     boundary = {name: from_numpy(array) for name, array in example.feeds.items()}
     boundaries = []
     with torch.no_grad():
-        for stage in stages:
+        for stage, weights in zip(stages, opened, strict=True):
             boundaries.append(boundary)
-            values = {weight.name: weight.value() for weight in stage.weights}
-            results = stage.graph.run({name: boundary[name] for name in stage.graph.inputs}, values)
+            results = stage.graph.run({name: boundary[name] for name in stage.graph.inputs}, weights)
             boundary = {**{name: boundary[name] for name in stage.carried}, **results}
     return boundaries, boundary
 
@@ -126,18 +131,45 @@ def _gather(slopes: _Values, leaves: _Values) -> None:
 
 def _divergence(head: Head, reads: _Values, example: Example) -> Tensor:
     """KL(float || quantized), the mean over tokens."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         exact = {name: from_numpy(example.targets[name]) for name in head.graph.inputs}
         wanted = head.graph.run(exact, head.originals)
+        goals = {name: functional.log_softmax(_rows(logits, example), -1) for name, logits in wanted.items()}
+        del wanted
     losses = []
     for name, logits in head.graph.run(reads).items():
-        rows, goals = (token_rows(each, example.mask) for each in (logits, wanted[name]))
-        rows, goals = (functional.log_softmax(each.reshape(-1, each.shape[-1]), -1) for each in (rows, goals))
-        losses.append(functional.kl_div(rows, goals, log_target=True, reduction="sum") / len(rows))
+        losses.append(_KlDivergence.apply(_rows(logits, example), goals.pop(name)))
     return torch.stack(losses).sum()
+
+
+def _rows(logits: Tensor, example: Example) -> Tensor:
+    """[T, V] float32, padding left out."""
+    return token_rows(logits, example.mask).reshape(-1, logits.shape[-1]).float()
+
+
+class _KlDivergence(torch.autograd.Function):
+    """KL(p || q) for logits of q and logarithms of p, ``[T, V]``; its slope is (q - p) / T.
+
+    What PyTorch would remember to differentiate it is several times the size of the logits.
+    """
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, goals: Tensor) -> Tensor:
+        """The mean over tokens; writes over `goals`."""
+        found, wanted = functional.log_softmax(logits, -1), goals.exp()
+        loss = torch.dot(wanted.flatten(), goals.sub_(found).flatten()) / len(goals)
+        if context.needs_input_grad[0]:
+            context.save_for_backward(found.exp_().sub_(wanted).div_(len(goals)))
+        return loss
+
+    @staticmethod
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """The slope of the logits."""
+        return context.saved_tensors[0] * slope, None
 
 
 def _mean(stages: Sequence[Stage], head: Head, examples: Sequence[Example]) -> float:
     with torch.no_grad():
-        found = [float(_divergence(head, _forward(stages, example)[1], example)) for example in examples]
+        values = [{weight.name: weight.value() for weight in stage.weights} for stage in stages]
+        found = [float(_divergence(head, _forward(stages, values, example)[1], example)) for example in examples]
     return sum(found) / max(1, len(found))

@@ -27,34 +27,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qcompiler.numerics.affine import Grid, WeightSpec, dequantize, round_to_grid, stored_scale
-from qcompiler.quantized import stored_shape
+from qcompiler.numerics.affine import Grid
 from qcompiler.torch_graph import TorchGraph
 from qcompiler.torch_graph.dtypes import from_numpy
+from qcompiler.tuning.learned_weight import LearnedWeight, Pace, Start
 
 __all__ = [
     "Example",
-    "LearnedWeight",
     "Outcome",
     "Settings",
-    "Start",
+    "fast_bfloat16",
+    "products",
     "shuffled",
     "token_rows",
     "torch_threads",
     "tune_block",
 ]
-
-# How near to the edge of its cell a latent starts whose code is not the nearest.
-_EDGE = 0.4
-# No scale moves further than this from where it starts.
-_FACTORS = (0.5, 2.0)
-# Share of the running magnitude of a slope that is kept from step to step.
-_MAGNITUDE = 0.99
-_TINY = 1e-30
-# Share of the newest slope in a magnitude that is held by rows and columns.
-_NEW = 0.1
-# No latent moves further in one step than this many times the rate.
-_LONGEST = 3.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +57,7 @@ class Settings:
         momentum: Share of the direction that is kept from step to step.
         seed: Of the order of batches.
         threads: Threads of PyTorch.
+        bfloat16: Whether the products of descent are computed in bfloat16; what is judged is computed in float32.
     """
 
     steps: int = 100
@@ -78,27 +67,17 @@ class Settings:
     momentum: float = 0.9
     seed: int = 0
     threads: int = 1
+    bfloat16: bool = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in products."""
+        return torch.bfloat16 if self.bfloat16 else torch.float32
 
-@dataclass(frozen=True)
-class Start:
-    """A weight of the block, as it is quantized now.
-
-    Attributes:
-        name: Of the value that holds it.
-        weight: The original, float32 ``[N, K]``.
-        codes: uint8 ``[N, K]``.
-        grid: Scale and zero point ``[N, G]``.
-        spec: The format.
-        layout: How the node stores it; see `graph.Site`.
-    """
-
-    name: str
-    weight: np.ndarray
-    codes: np.ndarray
-    grid: Grid
-    spec: WeightSpec
-    layout: str
+    def pace(self, step: int) -> Pace:
+        """How far a step goes, 0 being the first."""
+        share = 1 - step / self.steps
+        return Pace(self.rate * share, self.scale_rate * share, self.momentum)
 
 
 @dataclass(frozen=True)
@@ -127,116 +106,6 @@ class Outcome:
     after: float
 
 
-class LearnedWeight:
-    """The latents and factors of one weight; `value` is what stands in the place of the weight in the graph.
-
-    A *lean* one keeps latents alone and forms codes anew each time, with Adafactor's magnitudes (Shazeer and Stern
-    2018, arXiv:1804.04235: one for each row and column) and no running mean: a third of the memory, for whole models.
-    """
-
-    def __init__(self, start: Start, *, lean: bool = False) -> None:
-        """Begin at the codes of `start`."""
-        self.name, self.spec, self.layout = start.name, start.spec, start.layout
-        self._first, self._lean = start.grid, lean
-        self._shape = start.weight.shape
-        with np.errstate(over="ignore"):
-            nearest = start.weight / self._wide(start.grid.scale)
-        centre = start.codes - self._wide(start.grid.zero_point)
-        self._latent = torch.from_numpy(np.minimum(np.maximum(nearest, centre - _EDGE), centre + _EDGE))
-        self._factor = torch.ones(start.grid.scale.shape)
-        self._directions = (_Factored() if lean else _Adam(), _Adam())
-        self._tensor: Tensor | None = None
-
-    def _wide(self, values: np.ndarray) -> np.ndarray:
-        """[N, G] -> [N, K]."""
-        return np.repeat(values, self.spec.group_size, axis=1)[:, : self._shape[1]]
-
-    @property
-    def grid(self) -> Grid:
-        """Scales and zero points ``[N, G]``, as they will be stored."""
-        return Grid(stored_scale(self._first.scale * self._factor.numpy(), self.spec), self._first.zero_point)
-
-    @property
-    def codes(self) -> np.ndarray:
-        """Codes float32 ``[N, K]``."""
-        return round_to_grid(self._latent.numpy(), np.float32(1), self._wide(self._first.zero_point), self.spec)
-
-    def value(self) -> Tensor:
-        """The dequantized weight in the shape that the graph stores."""
-        grid = self.grid
-        values = from_numpy(dequantize(self.codes, grid.scale, grid.zero_point, self.spec.group_size))
-        stored = values.T if self.layout in ("KN", "1KN") else values
-        return stored.reshape(stored_shape(self.layout, *self._shape))
-
-    def open(self) -> Tensor:
-        """The same, to gather gradients until `step`."""
-        self._tensor = self.value().detach().requires_grad_()
-        return self._tensor
-
-    def step(self, settings: Settings, share: float) -> None:
-        """Move against the gradient; `share` of the first rates is left."""
-        tensor, self._tensor = self._tensor, None
-        if tensor is None or tensor.grad is None:
-            return
-        rows, columns = self._shape
-        slope = tensor.grad
-        slope = slope.reshape(columns, rows).T if self.layout in ("KN", "1KN") else slope.reshape(rows, columns)
-        slope = slope * torch.from_numpy(self._wide(self.grid.scale))
-        zero = self._wide(self._first.zero_point)
-        groups = self._by_group(slope * torch.from_numpy(self.codes - zero))
-        first, last = self.spec.limits
-        latent, factor = self._directions
-        self._latent.sub_(latent(slope, settings.momentum), alpha=settings.rate * share)
-        # No further than to the edge of the last cell, so that the way back is not long.
-        torch.maximum(self._latent, torch.from_numpy(first - zero - 0.5), out=self._latent)
-        torch.minimum(self._latent, torch.from_numpy(last - zero + 0.5), out=self._latent)
-        self._factor.sub_(factor(groups, settings.momentum), alpha=settings.scale_rate * share).clamp_(*_FACTORS)
-
-    def _by_group(self, slope: Tensor) -> Tensor:
-        """Sums over groups [N, G]; rows of a head share theirs."""
-        parts = torch.nn.functional.pad(slope, (0, -slope.shape[1] % self.spec.group_size))
-        groups = parts.reshape(len(parts), -1, self.spec.group_size).sum(-1)
-        heads = self.spec.head_size or 1
-        return groups.reshape(-1, heads, groups.shape[1]).sum(1).repeat_interleave(heads, 0)
-
-
-class _Adam:
-    """A slope's running mean over its running magnitude: about 1 where all batches agree."""
-
-    def __init__(self) -> None:
-        self._mean = self._square = torch.zeros(())
-        self._count = 0
-
-    def __call__(self, slope: Tensor, momentum: float) -> Tensor:
-        if not self._count:
-            self._mean, self._square = torch.zeros_like(slope), torch.zeros_like(slope)
-        self._count += 1
-        self._mean.mul_(momentum).add_(slope, alpha=1 - momentum)
-        self._square.mul_(_MAGNITUDE).addcmul_(slope, slope, value=1 - _MAGNITUDE)
-        size = (self._square / (1 - _MAGNITUDE**self._count)).sqrt_().add_(_TINY)
-        return (self._mean / (1 - momentum**self._count)).div_(size)
-
-
-class _Factored:
-    """A slope over its running magnitude, which is held as a factor for each row and each column."""
-
-    def __init__(self) -> None:
-        self._rows = self._columns = torch.zeros(())
-        self._count = 0
-
-    def __call__(self, slope: Tensor, momentum: float) -> Tensor:
-        del momentum
-        square = slope.square()
-        found = square.mean(1), square.mean(0)
-        self._rows, self._columns = (
-            new if not self._count else old.lerp(new, _NEW)
-            for old, new in zip((self._rows, self._columns), found, strict=True)
-        )
-        self._count += 1
-        slope = slope * (self._rows / (self._rows.mean() + _TINY) + _TINY).rsqrt()[:, None]
-        return slope.mul_((self._columns + _TINY).rsqrt()).clamp_(-_LONGEST, _LONGEST)
-
-
 def tune_block(
     graph: TorchGraph,
     starts: Sequence[Start],
@@ -259,20 +128,33 @@ def tune_block(
         The result of the last step, whether it is better or not.
     """
     with torch_threads(settings.threads):
-        weights = [LearnedWeight(start) for start in starts]
+        weights = [LearnedWeight(start, dtype=settings.dtype) for start in starts]
         before = _error(graph, weights, held_out)
         order = shuffled(len(examples), settings.seed)
         for step in range(settings.steps):
             values = {weight.name: weight.open() for weight in weights}
             for _ in range(settings.batch):
                 # Every batch has the same share, whatever the number of its tokens.
-                _loss(graph, values, examples[next(order)]).backward()
+                with products(settings):
+                    loss = _loss(graph, values, examples[next(order)])
+                loss.backward()
             for weight in weights:
-                weight.step(settings, 1 - step / settings.steps)
+                weight.step(settings.pace(step))
             if tick is not None:
                 tick(step + 1, settings.steps)
         after = _error(graph, weights, held_out)
-    return Outcome([w.codes.astype(np.uint8) for w in weights], [w.grid for w in weights], before, after)
+    return Outcome([w.codes for w in weights], [w.grid for w in weights], before, after)
+
+
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32."""
+    # PyTorch says so in private places only, which not every version has.
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
+
+
+def products(settings: Settings) -> torch.autocast:
+    """Let PyTorch compute products in the precision that the settings ask for."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16)
 
 
 @contextmanager
@@ -308,7 +190,7 @@ def _loss(graph: TorchGraph, values: Mapping[str, Tensor], example: Example) -> 
         target = from_numpy(wanted)
         if not target.is_floating_point():
             continue
-        rows, goals = (token_rows(each, example.mask) for each in (results[name], target))
+        rows, goals = (token_rows(each.float(), example.mask) for each in (results[name], target))
         energy = goals.square().mean(-1)
         # A token whose target is nearly zero counts no more than ten times what one in the middle counts.
         losses.append(((rows - goals).square().mean(-1) / (energy + 0.1 * energy.median() + 1e-30)).mean())

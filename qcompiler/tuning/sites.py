@@ -7,7 +7,7 @@ from qcompiler.graph import Site, write_weight
 from qcompiler.numerics.affine import Grid
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.quantized import from_stored
-from qcompiler.tuning.rounding import Start
+from qcompiler.tuning.learned_weight import Start
 
 __all__ = ["put_back", "start_of", "tuning_problem"]
 

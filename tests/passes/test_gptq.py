@@ -1,12 +1,14 @@
 """The pass: what it does with sites, options and records. That the sweep is right is proved in test_gptq_proofs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from qcompiler.errors import NumericsError, SchemeError
 from qcompiler.graph import read_weight
 from qcompiler.numerics.affine import WeightSpec, clip_grid, dequantize, min_max_grid, quantize
-from qcompiler.numerics.second_order import damped, shifted, sweep, upper_factor
+from qcompiler.numerics.second_order import damped, shift, sweep, upper_factor
 from qcompiler.passes import load
 from qcompiler.scheme import Pattern, Scheme, SchemePlan
 from qcompiler.statistics import LayerFacts
@@ -104,7 +106,7 @@ def test_the_shifted_target_is_the_float_product_in_other_words():
     x, wanted = drifted()
     wanted += normal(wanted.shape, 9)  # which nothing can make up for
     weight = normal((10, 48), 3)
-    target = shifted(weight, (wanted - x).T @ x, x.T @ x, 1.0)
+    target = weight + shift(weight, (wanted - x).T @ x, x.T @ x)
     differences = []
     for seed in range(4):
         other = normal((10, 48), seed + 4)
@@ -125,6 +127,28 @@ def test_drift_is_made_up_for():
         errors.append(np.linalg.norm(x @ values.T - wanted @ weight.T))
     assert errors[1] < 0.7 * errors[0]
     assert errors[2] < 0.2 * errors[0]
+
+
+def test_drift_that_held_out_data_deny_is_not_made_up_for():
+    """Where it is the other way round there, nothing is; where it is half as large, half of it is."""
+    x, wanted = drifted()
+    weight, size = normal((10, 48), 3), len(x) // 2
+
+    def known(factor):
+        """The second half of the tokens drifts by `factor` times as much."""
+        apart = LayerFacts(x[size:].T @ x[size:], size, factor * (wanted[size:] - x[size:]).T @ x[size:])
+        seen = x[:size].T @ x[:size], (wanted[:size] - x[:size]).T @ x[:size]
+        return LayerFacts(seen[0] + apart.hessian, len(x), seen[1] + apart.drift, apart)
+
+    def codes(facts, drift):
+        return gptq(drift=drift, percdamp=0.0).quantize(weight, WeightSpec(8, 16, False), facts).codes
+
+    assert np.array_equal(codes(known(-1.0), 1.0), codes(known(-1.0), 0.0))
+    without = replace(known(1.0), held_out=None)
+    assert np.mean(codes(known(1.0), 1.0) != codes(without, 1.0)) < 0.01
+    half = replace(known(0.5), held_out=None)
+    assert np.mean(codes(known(0.5), 1.0) != codes(half, 0.5)) < 0.01
+    assert np.mean(codes(known(0.5), 1.0) != codes(half, 1.0)) > 0.1
 
 
 def test_without_drift_nothing_is_shifted():

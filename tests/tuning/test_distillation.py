@@ -25,8 +25,8 @@ class Recorder:
     def value(self):
         return self.open().detach()
 
-    def step(self, settings, share):
-        del settings, share
+    def step(self, pace):
+        del pace
         self.slope = self.tensor.grad
 
 
@@ -104,7 +104,7 @@ def test_a_lean_weight_goes_the_way_that_lowers_the_loss():
     import torch
 
     from qcompiler.numerics.affine import WeightSpec, clip_grid, quantize
-    from qcompiler.tuning import LearnedWeight, Settings, Start
+    from qcompiler.tuning import LearnedWeight, Pace, Start
 
     spec, weight = WeightSpec(4, 16, False), normal((8, 32), 0)
     grid = clip_grid(weight, spec)
@@ -115,7 +115,7 @@ def test_a_lean_weight_goes_the_way_that_lowers_the_loss():
         loss = (learned.open() - goal).square().mean()
         loss.backward()
         losses.append(float(loss.detach()))
-        learned.step(Settings(rate=0.05, scale_rate=0.002), 1.0)
+        learned.step(Pace(0.05, 0.002, 0.0))
     assert losses[-1] < 0.5 * losses[0]
     assert 0 <= learned.codes.min() <= learned.codes.max() <= 15
-    assert learned.codes.dtype == np.float32
+    assert learned.codes.dtype == np.uint8
