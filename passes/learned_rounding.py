@@ -12,6 +12,7 @@ Behind `gptq` it starts from GPTQ's codes and grids; by itself from codes rounde
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Options:
     distill: int = field(default=0, metadata={"help": "steps through the whole model, on its answers' divergence"})
     distill_rate: float = field(default=0.01, metadata={"help": "first step of the rounding offsets in these"})
     distill_scale_rate: float = field(default=0.0005, metadata={"help": "first step of the scales in these"})
+    vectors: bool = field(default=True, metadata={"help": "learn gains of normalizations and biases in these as well"})
     precision: str = field(
         default="auto", metadata={"help": "of descent: float32, bfloat16, or auto: bfloat16 on processors that have it"}
     )
@@ -183,7 +185,7 @@ class LearnedRounding(WeightQuantizer):
         """Descend through the whole model; all of it is kept, or nothing."""
         from qcompiler.torch_graph import TorchGraph, unsupported
         from qcompiler.torch_graph.dtypes import to_torch
-        from qcompiler.tuning import Example, Head, LearnedWeight, Stage, distill, start_of
+        from qcompiler.tuning import Example, Head, LearnedVector, LearnedWeight, Stage, distill, start_of
 
         config, context = self.context.config, self.context
         nodes = {site.node for site in tunable}
@@ -200,13 +202,15 @@ class LearnedRounding(WeightQuantizer):
             examples = [Example(*each) for each in zip(streams.actual, streams.exact, streams.masks, strict=True)]
             settings = self._settings(whole=True)
             learned = {site.node: LearnedWeight(start_of(site), lean=True, dtype=settings.dtype) for site in tunable}
+            vectors = self._vectors(middle)
+            beside = [[LearnedVector(name, value.const_value.numpy()) for name, value in of.items()] for of in vectors]
             stages = [
                 Stage(
                     TorchGraph(block.nodes, model.opset_imports, block.outputs),
                     block.carried,
-                    [learned[site.node] for site in block.sites if site.node in nodes],
+                    [*(learned[site.node] for site in block.sites if site.node in nodes), *around],
                 )
-                for block in middle
+                for block, around in zip(middle, beside, strict=True)
             ]
             stored = [(site.weight.name, site.quantized) for site in end.sites if site.quantized is not None]
             originals = {name: to_torch(tensor.meta["original"]) for name, tensor in stored if name}
@@ -219,7 +223,21 @@ class LearnedRounding(WeightQuantizer):
                 lambda done, total: context.tick("distillation", done, total),
             )
         found = ((each.codes, each.grid) for each in learned.values())
-        return self._kept(tunable, found, before, after, "distilled")
+        records = self._kept(tunable, found, before, after, "distilled")
+        if after < before:
+            values = {name: value for of in vectors for name, value in of.items()}
+            for vector in (each for around in beside for each in around):
+                values[vector.name].const_value = ir.tensor(vector.values.copy(), name=vector.name)
+                records.append(SiteRecord(vector.name, "scaled", "", "learned with the weights around it"))
+        return records
+
+    def _vectors(self, blocks: Sequence[Segment]) -> list[dict[str, ir.Value]]:
+        """The gains and biases of each block that are learned too; none that a second block reads as well."""
+        from qcompiler.tuning import learnable_vectors
+
+        found = [learnable_vectors(block.nodes) if self.options.vectors else {} for block in blocks]
+        count = Counter(name for names in found for name in names)
+        return [{name: value for name, value in names.items() if count[name] == 1} for names in found]
 
     def _kept(
         self, sites: Sequence[Site], learned: Iterable[tuple[np.ndarray, Grid]], before: float, after: float, how: str

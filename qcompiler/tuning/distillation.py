@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from qcompiler.torch_graph import TorchGraph
 from qcompiler.torch_graph.dtypes import from_numpy
+from qcompiler.tuning.learned_vector import LearnedVector
 from qcompiler.tuning.learned_weight import LearnedWeight, Pace
 from qcompiler.tuning.rounding import Example, Settings, products, shuffled, token_rows, torch_threads
 
@@ -35,7 +36,7 @@ class Stage:
 
     graph: TorchGraph
     carried: Sequence[str]
-    weights: Sequence[LearnedWeight]
+    weights: Sequence[LearnedWeight | LearnedVector]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from qcompiler.numerics.affine import Grid, WeightSpec, stored_scale
 from qcompiler.quantized import stored_shape
 
-__all__ = ["LearnedWeight", "Pace", "Start"]
+__all__ = ["Adam", "LearnedWeight", "Pace", "Start"]
 
 # How near to the edge of its cell a latent starts whose code is not the nearest.
 _EDGE = 0.4
@@ -84,7 +84,7 @@ class LearnedWeight:
         torch.maximum(self._latent, centre - _EDGE, out=self._latent)
         torch.minimum(self._latent, centre + _EDGE, out=self._latent)
         self._dtype = dtype
-        self._directions = (_Factored() if lean else _Adam(), _Adam())
+        self._directions = (_Factored() if lean else Adam(), Adam())
         self._tensor: Tensor | None = None
 
     @property
@@ -146,7 +146,7 @@ class LearnedWeight:
         return groups.reshape(-1, heads, groups.shape[1]).sum(1).repeat_interleave(heads, 0)
 
 
-class _Adam:
+class Adam:
     """A slope's running mean over its running magnitude: about 1 where all batches agree."""
 
     def __init__(self) -> None:
