@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
@@ -11,17 +11,19 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.checkpoints import Arrays, Checkpoints, code_version, digest_of
 from qcompiler.config import CompileConfig
 from qcompiler.errors import CalibrationError, NumericsError, SchemeError
 from qcompiler.graph import SCHEME_KEY, Site, read_weight, write_weight
 from qcompiler.numerics.affine import Grid, WeightSpec
 from qcompiler.numerics.metrics import sqnr_db
+from qcompiler.numerics.packing import pack_codes, unpack_codes
 from qcompiler.records import SiteRecord
 from qcompiler.scheme import Activations, Scheme
 from qcompiler.segments import plan_segments
 from qcompiler.sites import find_sites
 from qcompiler.statistics import LayerFacts
-from qcompiler.streaming import Streaming
+from qcompiler.streaming import Reading, Streaming
 
 __all__ = [
     "NoOptions",
@@ -65,17 +67,30 @@ class PassContext:
         threads: Number of threads, at least 1.
         calibration: Batches of feeds, or None; see `calibration.CalibrationData`.
         progress: Called with (label, done, total) by anything that may take long.
+        checkpoints: Where results are stored for a run that is interrupted, or None.
     """
 
     config: CompileConfig
     threads: int = 1
     calibration: Any = None
     progress: Any = None
+    checkpoints: Checkpoints | None = None
 
     def tick(self, label: str, done: int, total: int) -> None:
         """Report progress."""
         if self.progress is not None:
             self.progress(label, done, total)
+
+    def remember(self, label: str, sites: int, key: Callable[[], str], make: Callable[[], Arrays]) -> Arrays:
+        """What `make` gives, which is stored, or what is stored already; without a folder nothing is hashed.
+
+        Args:
+            label: Who asks, for the report.
+            sites: How many sites the result is about.
+            key: Gives the hash of everything that the result follows from.
+            make: Gives the result.
+        """
+        return make() if self.checkpoints is None else self.checkpoints.remember(key(), make, label, sites)
 
 
 @dataclass
@@ -225,6 +240,20 @@ class Quantized:
         loss, energy = float(self.loss[rows].sum()), float(self.energy[rows].sum())
         return {"loss": loss, "relative_loss": loss / energy if energy else 0.0}
 
+    def arrays(self, spec: WeightSpec) -> Arrays:
+        """All of it as arrays, for a checkpoint."""
+        found = {"codes": pack_codes(self.codes, spec.bits), "scale": self.grid.scale, "zero": self.grid.zero_point}
+        found["remark"] = np.frombuffer(self.remark.encode(), np.uint8)
+        if self.loss is not None and self.energy is not None:
+            found.update(loss=self.loss, energy=self.energy)
+        return found
+
+    @classmethod
+    def of(cls, arrays: Arrays, spec: WeightSpec, columns: int) -> "Quantized":
+        """The reverse of `arrays`."""
+        codes, grid = unpack_codes(arrays["codes"], spec.bits, columns), Grid(arrays["scale"], arrays["zero"])
+        return cls(codes, grid, arrays["remark"].tobytes().decode(), arrays.get("loss"), arrays.get("energy"))
+
 
 class WeightQuantizer(QuantPass):
     """A weight algorithm: implement `quantize`, arrays in, arrays out."""
@@ -237,12 +266,22 @@ class WeightQuantizer(QuantPass):
 
     def quantize_sites(self, sites: Sequence[Site], facts: LayerFacts | None, remark: str = "") -> list[SiteRecord]:
         """Quantize sites that read the same activation and have the same spec, stacked into one weight."""
-        spec = site_spec(sites[0], self.context.config)
         weights = [checked_weight(site) for site in sites]
+        return self._written(sites, weights, self._stacked(sites, weights, facts), remark)
+
+    def _stacked(self, sites: Sequence[Site], weights: list[np.ndarray], facts: LayerFacts | None) -> Quantized:
+        """The result for the weights of `sites` one above the other."""
+        spec = site_spec(sites[0], self.context.config)
         try:
-            result = self.quantize(np.concatenate(weights) if len(weights) > 1 else weights[0], spec, facts)
+            return self.quantize(np.concatenate(weights) if len(weights) > 1 else weights[0], spec, facts)
         except NumericsError as error:
             raise NumericsError(f"{', '.join(repr(site.name) for site in sites)}: {error}") from error
+
+    def _written(
+        self, sites: Sequence[Site], weights: list[np.ndarray], result: Quantized, remark: str
+    ) -> list[SiteRecord]:
+        """Give each site its part of a result, and record it."""
+        spec = site_spec(sites[0], self.context.config)
         records, start = [], 0
         for site, weight in zip(sites, weights, strict=True):
             rows = slice(start, start + len(weight))
@@ -287,6 +326,7 @@ def streaming(context: PassContext, name: str, *, sequential: bool, drift: bool 
         config.max_memory // 4 if config.max_memory else None,
         lambda done, total: context.tick(name, done, total),
         drift,
+        context.checkpoints,
     )
 
 
@@ -310,20 +350,36 @@ class SegmentPass(WeightQuantizer):
         for site in assigned_sites(model):
             where = f"inside the body of {site.nested}" if site.nested else "a lookup table has no activations"
             if site.nested or site.role == "embedding":
-                records += self.quantize_sites([site], None, f"{where}, rounded to nearest")
+                records += self._remembered([site], None, f"{where}, rounded to nearest")
         measured = assigned_sites(model)
         if measured:
             context = self.context
             if context.calibration is None or not len(context.calibration.batches):
                 raise CalibrationError(f"{self.name} needs calibration data; give --calibration PATH, or use rtn")
 
-            def on_sites(sites: list[Site], facts: LayerFacts) -> None:
+            def on_reading(sites: list[Site], reading: Reading) -> None:
                 for group in self.by_spec(sites):
-                    records.extend(self.quantize_sites(group, facts))
+                    records.extend(self._remembered(group, reading))
 
             run = streaming(context, self.name, sequential=context.config.sequential, drift=self.wants_drift)
-            run.run(model, plan_segments(model, measured), context.calibration.batches, on_sites)
+            run.visit(model, plan_segments(model, measured), context.calibration.batches, on_reading)
         return QuantPassResult(model, bool(records), tuple(records))
+
+    def _remembered(self, sites: list[Site], reading: Reading | None, remark: str = "") -> list[SiteRecord]:
+        """The same as `quantize_sites`, with the codes of an interrupted run where it got as far."""
+        if self.context.checkpoints is None:
+            return self.quantize_sites(sites, reading.facts if reading is not None else None, remark)
+        spec, weights = site_spec(sites[0], self.context.config), [checked_weight(site) for site in sites]
+
+        def key() -> str:
+            read = reading.digest if reading is not None else code_version()
+            return digest_of("codes", read, str(self), self.context.config.seed, spec, weights)
+
+        def make() -> Arrays:
+            return self._stacked(sites, weights, reading.facts if reading is not None else None).arrays(spec)
+
+        arrays = self.context.remember(self.name, len(sites), key, make)
+        return self._written(sites, weights, Quantized.of(arrays, spec, sites[0].columns), remark)
 
     def by_spec(self, sites: Iterable[Site]) -> list[list[Site]]:
         """Group sites by their spec, in order."""

@@ -5,46 +5,51 @@ every scale. The model is cut into blocks at narrow places (`qcompiler.blocks`; 
 and MLP). A block's inputs come from the quantized blocks before it, its targets from the float model, so that it also
 makes up for what they got wrong. What is done by gradient is in `qcompiler.tuning.rounding`.
 
-With `distill=N` N more steps follow, for all weights at once, on the divergence of a language model's answers from
-those of the float model (`qcompiler.tuning.distillation`).
+With `distill=N` a language model is learned as a whole in their place: N steps, all weights at once, on the divergence
+of its answers from those of the float model (`qcompiler.tuning.distillation`).
 
 Behind `gptq` it starts from GPTQ's codes and grids; by itself from codes rounded to nearest on clipped grids.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompiler.blocks import TwoStreams, learned_outputs, plan_blocks, single_rows
+from qcompiler.checkpoints import Arrays, Periodic, digest_of
 from qcompiler.errors import CalibrationError, PassError, SchemeError
 from qcompiler.graph import SCHEME_KEY, Site
-from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, quantize
+from qcompiler.numerics.affine import WeightSpec, clip_grid, quantize
 from qcompiler.passes.base import Quantized, QuantPassResult, WeightQuantizer, assigned_sites, scheme_text
 from qcompiler.records import SiteRecord
 from qcompiler.scratch import Scratch
 from qcompiler.segments import Segment
+from qcompiler.session import Feeds
 from qcompiler.sites import find_sites
 from qcompiler.statistics import LayerFacts
+from qcompiler.waypoints import Waypoints
 
 if TYPE_CHECKING:
-    from qcompiler.tuning import Example, Settings
+    from qcompiler.tuning import Settings
 
 __all__ = ["LearnedRounding"]
 
 logger = logging.getLogger(__name__)
+
+# Between two checkpoints of the descent through the whole model.
+_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Options:
     """Options of `learned_rounding`."""
 
-    steps: int = field(default=120, metadata={"help": "steps of descent for each block"})
+    steps: int = field(default=120, metadata={"help": "steps of descent for each block, where nothing is distilled"})
     batch: int = field(default=1, metadata={"help": "batches of calibration data in a step"})
     rate: float = field(default=0.005, metadata={"help": "first step of the rounding offsets, in codes"})
     scale_rate: float = field(default=0.0003, metadata={"help": "first step of the scales, as a fraction of each"})
@@ -52,8 +57,10 @@ class Options:
     held_out: int = field(default=2, metadata={"help": "batches that are not learned from, to judge by"})
     narrow: int = field(default=2, metadata={"help": "narrow places in a block; 2 takes attention and MLP together"})
     distill: int = field(default=0, metadata={"help": "steps through the whole model, on its answers' divergence"})
-    distill_rate: float = field(default=0.01, metadata={"help": "first step of the rounding offsets in these"})
-    distill_scale_rate: float = field(default=0.0005, metadata={"help": "first step of the scales in these"})
+    distill_rate: float = field(default=0.002, metadata={"help": "first step of the rounding offsets in these"})
+    distill_scale_rate: float = field(default=0.001, metadata={"help": "first step of the scales in these"})
+    distill_momentum: float = field(default=0.95, metadata={"help": "share of the direction kept in these"})
+    both: bool = field(default=False, metadata={"help": "learn blocks even where the whole model is distilled then"})
     vectors: bool = field(default=True, metadata={"help": "learn gains of normalizations and biases in these as well"})
     precision: str = field(
         default="auto", metadata={"help": "of descent: float32, bfloat16, or auto: bfloat16 on processors that have it"}
@@ -71,8 +78,11 @@ class Options:
             raise SchemeError(
                 f"pass learned_rounding: precision={self.precision} is unknown; choose auto, float32 or bfloat16"
             )
-        if not 0 <= self.momentum < 1:
-            raise SchemeError(f"pass learned_rounding: momentum={self.momentum:g} is not at least 0 and below 1")
+        for name in ("momentum", "distill_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SchemeError(
+                    f"pass learned_rounding: {name}={getattr(self, name):g} is not at least 0 and below 1"
+                )
 
 
 class LearnedRounding(WeightQuantizer):
@@ -80,7 +90,7 @@ class LearnedRounding(WeightQuantizer):
 
     1. A site that nothing has quantized yet is rounded to nearest on a clipped grid, and is the better for 2.
     2. The sites of a block are learned together and kept if that lowers the error on batches that were held out.
-    3. With `distill`, all sites are learned on together, and all kept or none.
+    3. With `distill`, the sites of a language model are learned together instead, and all kept or none.
     4. Lookup tables, sites in control-flow bodies, 8-bit floats, weights other than float32, very wide layers (the
        vocabulary's) and blocks with operators that PyTorch is not given keep what they have, with the reason.
     """
@@ -100,7 +110,7 @@ class LearnedRounding(WeightQuantizer):
     def call(self, model: ir.Model) -> QuantPassResult:
         """Quantize what is float, tune block by block, then through the whole model if that is wanted."""
         _require_torch()
-        from qcompiler.tuning import tuning_problem
+        from qcompiler.tuning import tuning_problem, whole_problem
 
         sites = _planned_sites(model)
         calibration = self.context.calibration
@@ -118,8 +128,14 @@ class LearnedRounding(WeightQuantizer):
             linear = [site for site in find_sites(model)[0] if not site.nested and site.role != "embedding"]
             provider = self.context.config.provider
             blocks = plan_blocks(model, linear, calibration.batches[0], provider, self.options.narrow)
-            made = self._tune(model, tunable, blocks) if self.options.steps else []
-            made += self._distill(model, tunable, blocks) if self.options.distill else []
+            problem = whole_problem(model, blocks) if self.options.distill else "not asked for"
+            made = []
+            if self.options.steps and (problem or self.options.both):
+                made += self._tune(model, tunable, blocks)
+            if not problem:
+                made += self._distill(model, tunable, blocks)
+            elif self.options.distill and not self.options.steps:
+                made += [_skipped(site, f"{problem}, so that nothing is distilled") for site in tunable]
             modified |= any(record.action == "quantized" for record in made)
             records += made
         return QuantPassResult(model, modified, tuple(records))
@@ -133,7 +149,7 @@ class LearnedRounding(WeightQuantizer):
             options.batch,
             options.distill_rate if whole else options.rate,
             options.distill_scale_rate if whole else options.scale_rate,
-            options.momentum,
+            options.distill_momentum if whole else options.momentum,
             self.context.config.seed,
             self.context.threads,
             self.options.precision == "bfloat16" or (self.options.precision == "auto" and fast_bfloat16()),
@@ -146,24 +162,22 @@ class LearnedRounding(WeightQuantizer):
         last = max(index for index, block in enumerate(blocks) if any(site.node in nodes for site in block.sites))
         records: list[SiteRecord] = []
         with ThreadPoolExecutor(context.threads) as pool, self._scratch() as scratch:
-            streams = TwoStreams(model, context.calibration.batches, scratch, pool, context.threads)
+            streams = self._streams(model, context.calibration.batches, scratch, pool)
             for index, block in enumerate(blocks[: last + 1]):
                 context.tick(self.name, index, last + 1)
-                targets = streams.targets(block, config.provider)
                 sites = [site for site in block.sites if site.node in nodes]
                 if sites:
-                    records += self._tune_block(model, block, sites, streams, targets)
+                    records += self._tune_block(model, block, sites, streams)
                 if index < last:
-                    streams.advance(block, targets, config.provider)
+                    streams.advance(block, config.provider)
+            streams.close()
         context.tick(self.name, last + 1, last + 1)
         return records
 
-    def _tune_block(
-        self, model: ir.Model, block: Segment, sites: list[Site], streams: TwoStreams, targets: list[dict[str, Any]]
-    ) -> list[SiteRecord]:
+    def _tune_block(self, model: ir.Model, block: Segment, sites: list[Site], streams: TwoStreams) -> list[SiteRecord]:
         """Learn the sites of a block, and keep the result if it is better on held-out batches."""
         from qcompiler.torch_graph import TorchGraph, unsupported
-        from qcompiler.tuning import Example, start_of, tune_block
+        from qcompiler.tuning import Example, outcome_arrays, parted, start_of, tune_block
 
         problems = unsupported(block.nodes, model.opset_imports)
         if problems:
@@ -171,90 +185,102 @@ class LearnedRounding(WeightQuantizer):
         outputs = learned_outputs(block, sites)
         if not outputs:
             return [_skipped(site, "nothing that later layers read depends on it") for site in sites]
-        graph = TorchGraph(block.nodes, model.opset_imports, outputs)
-        examples = [
-            Example({name: feeds[name] for name in graph.inputs}, {name: wanted[name] for name in outputs}, mask)
-            for feeds, wanted, mask in zip(streams.actual, targets, streams.masks, strict=True)
-        ]
-        starts = [start_of(site) for site in sites]
-        outcome = tune_block(graph, starts, *_parted(examples, self.options.held_out), self._settings())
-        learned = zip(outcome.codes, outcome.grids, strict=True)
-        return self._kept(sites, learned, outcome.before, outcome.after, "learned rounding")
+
+        def tune() -> Arrays:
+            targets = streams.targets(block, self.context.config.provider)
+            graph = TorchGraph(block.nodes, model.opset_imports, outputs)
+            examples = [
+                Example({name: feeds[name] for name in graph.inputs}, {name: wanted[name] for name in outputs}, mask)
+                for feeds, wanted, mask in zip(streams.actual, targets, streams.masks, strict=True)
+            ]
+            starts = [start_of(site) for site in sites]
+            outcome = tune_block(graph, starts, *parted(examples, self.options.held_out), self._settings())
+            return outcome_arrays(outcome, sites)
+
+        def key() -> str:
+            options = {name: value for name, value in vars(self.options).items() if not name.startswith("distill")}
+            return streams.digest(block, "tuned", options, self._settings(), [site.weight.name for site in sites])
+
+        return self._kept(sites, self.context.remember(self.name, len(sites), key, tune), "learned rounding")
 
     def _distill(self, model: ir.Model, tunable: Sequence[Site], blocks: Sequence[Segment]) -> list[SiteRecord]:
         """Descend through the whole model; all of it is kept, or nothing."""
-        from qcompiler.torch_graph import TorchGraph, unsupported
-        from qcompiler.torch_graph.dtypes import to_torch
-        from qcompiler.tuning import Example, Head, LearnedVector, LearnedWeight, Stage, distill, start_of
+        from qcompiler.tuning import put_back_vectors
 
-        config, context = self.context.config, self.context
-        nodes = {site.node for site in tunable}
-        *middle, end = blocks[1:]
-        problems = unsupported([node for block in blocks[1:] for node in block.nodes], model.opset_imports)
-        if problems or not middle or any(site.role != "lm_head" for site in end.sites):
-            why = f"its model cannot run in PyTorch: {problems[0]}" if problems else "no vocabulary is at the end"
-            return [_skipped(site, f"{why}, so that nothing is distilled") for site in tunable]
+        context, provider = self.context, self.context.config.provider
+        first, *middle, end = blocks
         with ThreadPoolExecutor(context.threads) as pool, self._scratch() as scratch:
-            streams = TwoStreams(model, single_rows(context.calibration.batches), scratch, pool, context.threads)
-            streams.advance(blocks[0], streams.targets(blocks[0], config.provider), config.provider)
+            streams = self._streams(model, single_rows(context.calibration.batches), scratch, pool)
+            streams.advance(first, provider)
+            followed = []
             for block in middle:
-                streams.follow(block, streams.targets(block, config.provider))
-            examples = [Example(*each) for each in zip(streams.actual, streams.exact, streams.masks, strict=True)]
-            settings = self._settings(whole=True)
-            learned = {site.node: LearnedWeight(start_of(site), lean=True, dtype=settings.dtype) for site in tunable}
-            vectors = self._vectors(middle)
-            beside = [[LearnedVector(name, value.const_value.numpy()) for name, value in of.items()] for of in vectors]
-            stages = [
-                Stage(
-                    TorchGraph(block.nodes, model.opset_imports, block.outputs),
-                    block.carried,
-                    [*(learned[site.node] for site in block.sites if site.node in nodes), *around],
-                )
-                for block, around in zip(middle, beside, strict=True)
-            ]
-            stored = [(site.weight.name, site.quantized) for site in end.sites if site.quantized is not None]
-            originals = {name: to_torch(tensor.meta["original"]) for name, tensor in stored if name}
-            head = Head(TorchGraph(end.nodes, model.opset_imports, end.outputs), originals)
-            before, after = distill(
-                stages,
-                head,
-                *_parted(examples, self.options.held_out),
-                settings,
-                lambda done, total: context.tick("distillation", done, total),
+                followed.append(streams.digest(block))
+                streams.follow(block, provider)
+
+            weights = [site.weight.name for site in tunable]
+            key = streams.digest(end, "distilled", str(self), self._settings(whole=True), weights, followed)
+            store = context.checkpoints
+            state = Periodic(store, digest_of("state", key), _SECONDS) if store is not None else None
+            made = context.remember(
+                "distillation",
+                len(tunable),
+                lambda: key,
+                lambda: self._descended(model, tunable, blocks[1:], streams, state),
             )
-        found = ((each.codes, each.grid) for each in learned.values())
-        records = self._kept(tunable, found, before, after, "distilled")
-        if after < before:
-            values = {name: value for of in vectors for name, value in of.items()}
-            for vector in (each for around in beside for each in around):
-                values[vector.name].const_value = ir.tensor(vector.values.copy(), name=vector.name)
-                records.append(SiteRecord(vector.name, "scaled", "", "learned with the weights around it"))
+            streams.close()
+            if state is not None:
+                state.drop()
+        records = self._kept(tunable, made, "distilled")
+        if any(record.action == "quantized" for record in records):
+            learned = "learned with the weights around it"
+            records += [SiteRecord(name, "scaled", "", learned) for name in put_back_vectors(model, made)]
         return records
 
-    def _vectors(self, blocks: Sequence[Segment]) -> list[dict[str, ir.Value]]:
-        """The gains and biases of each block that are learned too; none that a second block reads as well."""
-        from qcompiler.tuning import learnable_vectors
+    def _descended(
+        self,
+        model: ir.Model,
+        tunable: Sequence[Site],
+        blocks: Sequence[Segment],
+        streams: TwoStreams,
+        state: Periodic | None,
+    ) -> Arrays:
+        """What the descent through the blocks gives; it goes on from `state`."""
+        from qcompiler.tuning import Example, learn_whole, parted
 
-        found = [learnable_vectors(block.nodes) if self.options.vectors else {} for block in blocks]
-        count = Counter(name for names in found for name in names)
-        return [{name: value for name, value in names.items() if count[name] == 1} for names in found]
+        examples = [Example(*each) for each in zip(streams.actual, streams.exact, streams.masks, strict=True)]
+        return learn_whole(
+            model,
+            tunable,
+            blocks,
+            parted(examples, self.options.held_out),
+            self._settings(whole=True),
+            vectors=self.options.vectors,
+            tick=lambda done, total: self.context.tick("distillation", done, total),
+            stored=state,
+        )
 
-    def _kept(
-        self, sites: Sequence[Site], learned: Iterable[tuple[np.ndarray, Grid]], before: float, after: float, how: str
-    ) -> list[SiteRecord]:
+    def _kept(self, sites: Sequence[Site], learned: Arrays, how: str) -> list[SiteRecord]:
         """Write what was learned if it is better, and say so."""
-        from qcompiler.tuning import put_back
+        from qcompiler.tuning import outcome_of, put_back
 
+        found = outcome_of(learned, sites)
+        before, after = found.before, found.after
         logger.debug("%s: held-out error %.3g, was %.3g", self.name, after, before)
         figures = {"loss_before": before, "loss_after": after}
         if not after < before:
             remark = f"{how}: did not lower the error on held-out data ({before:.3g}, {after:.3g}), kept as it was"
             return [SiteRecord(site.name, "skipped", scheme_text(site), remark, figures) for site in sites]
         records = []
-        for site, (codes, grid) in zip(sites, learned, strict=True):
+        for site, codes, grid in zip(sites, found.codes, found.grids, strict=True):
             metrics = {**put_back(site, codes, grid, self.name), **figures}
             records.append(SiteRecord(site.name, "quantized", scheme_text(site), how, metrics))
         return records
+
+    def _streams(
+        self, model: ir.Model, batches: Sequence[Feeds], scratch: Scratch, pool: ThreadPoolExecutor
+    ) -> TwoStreams:
+        waypoints = Waypoints(self.context.checkpoints, model, batches, self.context.config.provider, 2)
+        return TwoStreams(model, batches, scratch, pool, self.context.threads, waypoints)
 
     def _scratch(self) -> Scratch:
         most = self.context.config.max_memory
@@ -283,10 +309,3 @@ def _planned_sites(model: ir.Model) -> list[Site]:
 
 def _skipped(site: Site, problem: str) -> SiteRecord:
     return SiteRecord(site.name, "skipped", scheme_text(site), f"rounding not learned: {problem}")
-
-
-def _parted(examples: "list[Example]", held_out: int) -> "tuple[list[Example], list[Example]]":
-    """What to learn from, and, evenly spread, what to judge by."""
-    count = len(examples)
-    apart = {(2 * index + 1) * count // (2 * held_out) for index in range(held_out)}
-    return [each for index, each in enumerate(examples) if index not in apart], [examples[i] for i in sorted(apart)]

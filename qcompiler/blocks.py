@@ -8,6 +8,7 @@ the original weights compute, the *quantized* stream what the weights at hand co
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -16,9 +17,10 @@ from qcompiler.calibration import row_mask
 from qcompiler.graph import Site
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.scratch import Scratch
-from qcompiler.segments import Segment, plan_segments, read_values, segment_model
+from qcompiler.segments import Segment, Weights, constants_of, lent, plan_segments, read_values, segment_model
 from qcompiler.session import Feeds, OrtRunner
 from qcompiler.streaming import in_flight
+from qcompiler.waypoints import Waypoints
 
 __all__ = [
     "TwoStreams",
@@ -168,59 +170,142 @@ def single_rows(batches: Sequence[Feeds]) -> list[Feeds]:
 @contextmanager
 def float_weights(nodes: Sequence[ir.Node]) -> Iterator[None]:
     """Give the quantized weights that the nodes read their original values for a while."""
-    stored: dict[ir.Value, ir.TensorProtocol] = {}
-    for value in {value for node in nodes for value in read_values(node)}:
-        original = _original(value)
-        if original is not None and value.const_value is not None:
-            stored[value], value.const_value = value.const_value, original
-    try:
+    with lent(_floats(nodes)):
         yield
-    finally:
-        for value, tensor in stored.items():
-            value.const_value = tensor
+
+
+def _floats(nodes: Sequence[ir.Node]) -> Weights:
+    """The constants that nodes read, the originals of quantized ones."""
+    return {
+        value: tensor.meta.get("original", tensor) if isinstance(tensor, QuantizedTensor) else tensor
+        for value, tensor in constants_of(nodes).items()
+    }
+
+
+class _Step(NamedTuple):
+    """A block that streams are to be moved past.
+
+    Attributes:
+        block: The block.
+        provider: Runs it.
+        floats: What it reads in the float stream.
+        weights: What it reads in the quantized stream; None where that one stays.
+        targets: What it computes in the float stream, if that is known.
+        place: The key of the boundary behind it.
+    """
+
+    block: Segment
+    provider: str
+    floats: Weights
+    weights: Weights | None
+    targets: list[Feeds] | None
+    place: str
 
 
 class TwoStreams:
     """The boundaries of all batches with the original weights, and with those that the model has.
 
+    With `waypoints` they are moved when somebody looks at them, from the last boundary that an interrupted run stored.
+
     Attributes:
         masks: Of each batch, which rows are real tokens; see `row_mask`.
-        exact: Boundaries of the float stream.
-        actual: Boundaries of the quantized stream; arrays that are the same in both are held once.
     """
 
     def __init__(
-        self, model: ir.Model, batches: Sequence[Feeds], scratch: Scratch, pool: ThreadPoolExecutor, threads: int
+        self,
+        model: ir.Model,
+        batches: Sequence[Feeds],
+        scratch: Scratch,
+        pool: ThreadPoolExecutor,
+        threads: int,
+        waypoints: Waypoints | None = None,
     ) -> None:
-        """Start at the model's inputs; `threads` batches are in flight in the pool."""
+        """Start at the model's inputs; `threads` batches are in flight in the pool, `waypoints` are of two streams."""
         self._model, self._scratch, self._pool, self._threads = model, scratch, pool, threads
+        self._waypoints = waypoints or Waypoints(None, model, batches, "", 2)
         self.masks = [row_mask(feeds) for feeds in batches]
-        self.exact: list[Feeds] = [dict(feeds) for feeds in batches]
-        self.actual: list[Feeds] = [dict(feeds) for feeds in batches]
+        self._exact: list[Feeds] = [dict(feeds) for feeds in batches]
+        self._actual = list(self._exact)
+        self._steps: list[_Step] = []
+        self._targets: tuple[Segment | None, list[Feeds]] = (None, [])
+
+    @property
+    def exact(self) -> list[Feeds]:
+        """Boundaries of the float stream."""
+        self._arrive()
+        return self._exact
+
+    @property
+    def actual(self) -> list[Feeds]:
+        """Boundaries of the quantized stream; arrays that are the same in both are held once."""
+        self._arrive()
+        return self._actual
 
     def targets(self, block: Segment, provider: str) -> list[Feeds]:
-        """What the block computes in the float stream, for each batch; goes to `advance`."""
+        """What the block computes in the float stream, for each batch; kept for `advance` and `follow`."""
+        self._arrive()
         with float_weights(block.nodes):
-            return self._run(block, self.exact, provider)
+            self._targets = block, self._run(block, self._exact, provider)
+        return self._targets[1]
 
-    def advance(self, block: Segment, targets: list[Feeds], provider: str) -> None:
+    def digest(self, block: Segment, *parts: object) -> str:
+        """The hash of what the block, which is next, computes in both streams, and of whatever else."""
+        return self._waypoints.segment(block, [_floats(block.nodes), constants_of(block.nodes)], *parts)
+
+    def advance(self, block: Segment, provider: str) -> None:
         """Move both streams past a block, the quantized one with the weights that the model has now."""
-        same = all(self.exact[0][name] is self.actual[0][name] for name in block.inputs)
-        same &= not any(_original(value) for node in block.nodes for value in read_values(node))
-        results = targets if same else self._run(block, self.actual, provider)
+        self._leave(block, provider, constants_of(block.nodes))
+
+    def follow(self, block: Segment, provider: str) -> None:
+        """Move the float stream alone past a block."""
+        self._leave(block, provider, None)
+
+    def close(self) -> None:
+        """Forget the boundaries that are stored."""
+        self._waypoints.close()
+
+    def _leave(self, block: Segment, provider: str, weights: Weights | None) -> None:
+        of, targets = self._targets
+        self._targets = None, []
+        floats = _floats(block.nodes)
+        place = self._waypoints.leave(block, [floats, weights])
+        self._steps.append(_Step(block, provider, floats, weights, targets if of is block else None, place))
+        if not place:
+            self._arrive()
+
+    def _arrive(self) -> None:
+        """Move the streams to where they should be."""
+        behind, stored = self._waypoints.resume([step.place for step in self._steps])
+        if stored:
+            before = self._held()
+            self._exact, self._actual = stored
+            self._drop(before)
+        for step in self._steps[behind:]:
+            self._move(step)
+            self._waypoints.offer(step.place, (self._exact, self._actual))
+        self._steps.clear()
+
+    def _move(self, step: _Step) -> None:
+        """Move the streams past a block."""
+        block = step.block
+        targets = step.targets
+        if targets is None:
+            with lent(step.floats):
+                targets = self._run(block, self._exact, step.provider)
+        moves = [(self._exact, targets)]
+        if step.weights is not None:
+            same = all(self._exact[0][name] is self._actual[0][name] for name in block.inputs)
+            same &= all(tensor is step.floats[value] for value, tensor in step.weights.items())
+            if same:
+                results = targets
+            else:
+                with lent(step.weights):
+                    results = self._run(block, self._actual, step.provider)
+            moves.append((self._actual, results))
         before = self._held()
-        for stream, computed in ((self.exact, targets), (self.actual, results)):
+        for stream, computed in moves:
             for batch, made in enumerate(computed):
                 stream[batch] = {**{name: stream[batch][name] for name in block.carried}, **made}
-        self._drop(before)
-
-    def follow(self, block: Segment, targets: list[Feeds]) -> None:
-        """Move the float stream alone past a block."""
-        before = self._held()
-        self.exact = [
-            {**{name: feeds[name] for name in block.carried}, **made}
-            for feeds, made in zip(self.exact, targets, strict=True)
-        ]
         self._drop(before)
 
     def _drop(self, before: Mapping[int, np.ndarray]) -> None:
@@ -232,19 +317,13 @@ class TwoStreams:
 
     def _held(self) -> dict[int, np.ndarray]:
         return {
-            id(array): array for stream in (self.exact, self.actual) for feeds in stream for array in feeds.values()
+            id(array): array for stream in (self._exact, self._actual) for feeds in stream for array in feeds.values()
         }
 
     def _run(self, block: Segment, boundary: list[Feeds], provider: str) -> list[Feeds]:
         runner = _runner(self._model, block, boundary[0], provider)
         made = in_flight(self._pool, lambda feeds: _run(runner, block, feeds), boundary, self._threads)
         return [{name: self._scratch.keep(array) for name, array in results.items()} for results in made]
-
-
-def _original(value: ir.Value) -> ir.TensorProtocol | None:
-    """What a quantized weight was made of."""
-    tensor = value.const_value
-    return tensor.meta.get("original") if isinstance(tensor, QuantizedTensor) else None
 
 
 def _runner(model: ir.Model, part: Segment, feeds: Feeds, provider: str) -> OrtRunner | None:

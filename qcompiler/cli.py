@@ -10,6 +10,7 @@ import click
 
 from qcompiler import __version__
 from qcompiler.cli_recipe import recipe_text, use_recipe
+from qcompiler.cli_signals import Terminated, tidy_termination
 from qcompiler.errors import QCompilerError, SchemeError
 
 __all__ = ["main", "qcompile"]
@@ -22,10 +23,11 @@ class _Command(click.Command):
     """A command whose failures are one line on stderr that begins with "Error: "."""
 
     def invoke(self, context: click.Context) -> Any:
-        """Run, turning errors into exit codes: 1 failed, 2 usage, 130 interrupted."""
+        """Run, turning errors into exit codes: 1 failed, 2 usage, 130 interrupted, 143 terminated."""
         verbose = context.params.get("verbose", 0)
         try:
-            return super().invoke(context)
+            with tidy_termination():
+                return super().invoke(context)
         except QCompilerError as error:
             _fail(str(error), error.exit_code, verbose)
         except MemoryError:
@@ -33,8 +35,10 @@ class _Command(click.Command):
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
             _fail(f"{place}{error.strerror or error}; check the path, its permissions and the free space", 1, verbose)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing was written", 130, verbose)
+        except KeyboardInterrupt as error:
+            folder = context.params.get("checkpoint")
+            more = f" but checkpoints in {folder}, from which the same command goes on" if folder is not None else ""
+            _fail(f"interrupted; nothing was written{more}", 143 if isinstance(error, Terminated) else 130, verbose)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
@@ -196,6 +200,12 @@ _compile_options = _options(
     click.option("--require-quantized", is_flag=True, help="Fail if there is nothing to quantize."),
     click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
     click.option("--dump-dir", type=click.Path(path_type=Path), help="Write the model after each pass here."),
+    click.option(
+        "--checkpoint",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder for results on the way: an interrupted command goes on where it stopped when it is given again.",
+    ),
     click.option(
         "--pipeline", "pipeline_text", help="Run exactly these passes, for example one that a failure printed."
     ),

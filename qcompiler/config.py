@@ -56,6 +56,8 @@ class CompileConfig:
         require_quantized: Make a model without a quantized site an error.
         force: Overwrite an existing output.
         dump_dir: Write the model after each pass here.
+        checkpoint: Store results in this folder as they are found, so that an interrupted compilation can go on; no
+            byte of the output depends on it.
         progress: Called with (label, done, total) by whatever may take long.
     """
 
@@ -90,6 +92,7 @@ class CompileConfig:
     require_quantized: bool = False
     force: bool = False
     dump_dir: Path | None = None
+    checkpoint: str | Path | None = None
     progress: Callable[[str, int, int], None] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler import pipeline
+from qcompiler.checkpoints import Checkpoints
 from qcompiler.config import CompileConfig
 from qcompiler.errors import ModelError, SchemeError
 from qcompiler.feeding import calibration_data
@@ -86,16 +87,17 @@ def compile_model(
         model = load_model(source)
         place = _Place.of(source, Path(output) if output is not None else Path(temporary) / "model.onnx")
         place.check(model, force=config.force)
+        store = Checkpoints(Path(config.checkpoint)) if config.checkpoint is not None else None
         config, excluded = _without_worst(source, config, pipeline_text)
         before = stored_bytes(model)
         data = calibration_data(model, config)
         algorithms = config.algorithms or pipeline.default_algorithms(config, calibrated=data is not None)
         config = replace(config, algorithms=algorithms, effort=None)
-        context = PassContext(config, cpu_threads(config.threads), data, config.progress)
+        context = PassContext(config, cpu_threads(config.threads), data, config.progress, store)
         manager = PassManager(pipeline.build(config, context, text=pipeline_text), _instruments(config))
         reports = manager.run(model, meter)
         report = CompileReport(config, _source_name(source), reports, data, before, stored_bytes(model))
-        report.excluded = excluded
+        report.excluded, report.checkpoints = excluded, store.tally if store is not None else {}
         if report.changed:
             model.metadata_props.update(report.metadata())
         else:

@@ -216,6 +216,7 @@ class CompileReport:
         file_bytes: Size of what was written.
         bench: How fast the result is; empty where it was not timed.
         excluded: Sites that were left float for the noise they added.
+        checkpoints: For each pass that stores results how many sites came from an earlier run, and of how many.
     """
 
     config: CompileConfig
@@ -230,6 +231,7 @@ class CompileReport:
     file_bytes: int = 0
     bench: "tuple[BenchResult, ...]" = ()
     excluded: tuple[Excluded, ...] = ()
+    checkpoints: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sites, self.activations, self.notes = merge_records(
@@ -306,6 +308,9 @@ class CompileReport:
             "quantized": self.quantized_sites,
             "skipped": dict(self.skip_reasons()),
             "excluded": [asdict(row) for row in self.excluded],
+            "checkpoints": {
+                name: {"recalled": recalled, "sites": sites} for name, (recalled, sites) in self.checkpoints.items()
+            },
             "activations": [asdict(row) for row in self.activations],
             "notes": self.notes,
             "passes": [

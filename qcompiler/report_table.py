@@ -37,6 +37,9 @@ def print_report(report: "CompileReport", console: Console, *, every_site: bool)
         _line(console, f"data: {report.calibration.description}")
     for note in report.notes:
         _line(console, note)
+    for name, (recalled, sites) in report.checkpoints.items():
+        if recalled:
+            _line(console, f"{name}: {recalled} of {sites} sites came from checkpoints")
     quantized = [row for row in report.sites if row.action == "quantized"]
     if every_site:
         _print_sites(console, report.sites)

@@ -11,7 +11,8 @@ forward pass in all, and nothing is ever measured by running a node twice. Nodes
 allow, so that side computations (cross-attention keys, masks) do not sit in the boundary for longer than they have to.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,9 @@ import onnx_ir as ir
 from qcompiler.graph import Site, constant_array
 from qcompiler.quantized import QuantizedTensor
 
-__all__ = ["Segment", "plan_segments", "segment_model"]
+__all__ = ["Segment", "Weights", "constants_of", "lent", "plan_segments", "segment_model", "segment_parts"]
+
+Weights = dict[ir.Value, ir.TensorProtocol]
 
 # Constants at least this large are fed as inputs: neither copied into the sub-model nor packed by the session.
 _FED_BYTES = 1 << 14
@@ -160,12 +163,23 @@ def segment_model(
     Returns:
         The serialized sub-model, and the large constants that it takes as inputs.
     """
+    proto, fed = segment_parts(model, segment)
+    constants = {value.name or "": _fed_array(value) for value in fed}
+    for name, array in constants.items():
+        _add_input(proto.graph, name, array.dtype)
+    for name in segment.inputs:
+        _add_input(proto.graph, name, dtypes[name])
+    return proto.SerializeToString(), constants
+
+
+def segment_parts(model: ir.Model, segment: Segment) -> tuple[onnx.ModelProto, list[ir.Value]]:
+    """The segment's nodes, outputs and small constants as a model without inputs, and the constants to feed it."""
     proto = onnx.ModelProto(ir_version=model.ir_version)
     for domain, version in model.opset_imports.items():
         proto.opset_import.add(domain=domain, version=version)
     graph = proto.graph
     graph.name = "segment"
-    fed: dict[str, np.ndarray] = {}
+    fed: list[ir.Value] = []
     seen: set[str] = set()
     for node in segment.nodes:
         serialized = _serialized(node)
@@ -176,14 +190,30 @@ def segment_model(
                 continue
             seen.add(value.name)
             if _is_fed(value):
-                fed[value.name] = _fed_array(value)
-                _add_input(graph, value.name, fed[value.name].dtype)
+                fed.append(value)
             else:
                 graph.initializer.append(_small_tensor(value))
-    for name in segment.inputs:
-        _add_input(graph, name, dtypes[name])
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in segment.outputs)
-    return proto.SerializeToString(), fed
+    return proto, fed
+
+
+def constants_of(nodes: Iterable[ir.Node]) -> Weights:
+    """The constants that nodes read, as they are now."""
+    values = dict.fromkeys(value for node in nodes for value in read_values(node))
+    return {value: value.const_value for value in values if value.const_value is not None}
+
+
+@contextmanager
+def lent(weights: Mapping[ir.Value, ir.TensorProtocol]) -> Iterator[None]:
+    """Give constants other values for a while."""
+    stored = {value: value.const_value for value in weights}
+    try:
+        for value, tensor in weights.items():
+            value.const_value = tensor
+        yield
+    finally:
+        for value, kept in stored.items():
+            value.const_value = kept
 
 
 def _serialized(node: ir.Node) -> onnx.NodeProto:

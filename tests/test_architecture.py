@@ -34,7 +34,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "driver": (
         "driver",
         "measuring pipeline pass_manager instruments verify report feeding files segments calibration session runtime "
-        "scratch targets graph config scheme records passes.base errors",
+        "checkpoints scratch targets graph config scheme records passes.base errors",
     ),
     "planning": (
         "planning",
@@ -64,13 +64,16 @@ LAYERS: dict[str, tuple[str, str]] = {
         "passes.*",
         "passes.base lowering opset_rules float_types rotation foldings convolution layers placement absorbing ranges "
         "sensitivity "
-        "observing collectors blocks streaming session scratch tuning torch_graph statistics segments graph targets "
-        "config scheme records kernels.schemas numerics errors",
+        "observing collectors blocks streaming waypoints checkpoints session scratch tuning torch_graph statistics "
+        "segments graph targets config scheme records kernels.schemas numerics errors",
     ),
     "sensitivity": ("sensitivity", "verify segments calibration session errors"),
-    "passes.base": ("passes.base", "streaming segments statistics graph config scheme records numerics errors"),
-    "blocks": ("blocks", "streaming segments calibration session scratch graph numerics errors"),
-    "tuning": ("tuning tuning.*", "itself torch_graph statistics graph scheme records numerics errors"),
+    "passes.base": (
+        "passes.base",
+        "streaming checkpoints segments statistics graph config scheme records numerics errors",
+    ),
+    "blocks": ("blocks", "streaming waypoints segments calibration session scratch graph numerics errors"),
+    "tuning": ("tuning tuning.*", "itself torch_graph checkpoints statistics graph scheme records numerics errors"),
     "opset_rules": ("opset_rules", "lowering graph errors"),
     "lowering": ("lowering lowering_*", "itself graph targets scheme numerics errors"),
     "torch_graph": ("torch_graph torch_graph.*", "itself graph numerics errors"),
@@ -83,7 +86,12 @@ LAYERS: dict[str, tuple[str, str]] = {
     "observing": ("observing", "streaming segments calibration session graph numerics errors"),
     "convolution": ("convolution", "errors"),
     "layers": ("layers", "lowering graph numerics errors"),
-    "streaming": ("streaming", "segments convolution statistics calibration session scratch graph numerics errors"),
+    "streaming": (
+        "streaming",
+        "waypoints checkpoints segments convolution statistics calibration session scratch graph numerics errors",
+    ),
+    "waypoints": ("waypoints", "checkpoints segments session graph errors"),
+    "checkpoints": ("checkpoints", "errors"),
     "segments": ("segments", "graph session errors"),
     "feeding": ("feeding", "calibration files session graph config errors"),
     "statistics": ("statistics", "calibration session scratch graph numerics errors"),

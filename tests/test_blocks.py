@@ -101,7 +101,7 @@ def test_both_streams_compute_what_the_model_computes(threads):
     with ThreadPoolExecutor(threads) as pool, Scratch(None) as scratch:
         streams = TwoStreams(actual, batches, scratch, pool, threads)
         for block in blocks[:-1]:
-            streams.advance(block, streams.targets(block, CPU), CPU)
+            streams.advance(block, CPU)
             wanted = [*block.outputs, *block.carried]
             for batch, feeds in enumerate(batches):
                 for model, stream in ((exact, streams.exact), (actual, streams.actual)):

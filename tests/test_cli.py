@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -229,7 +231,7 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "--accuracy-level", 1, "--opset", 22, "--no-sequential", "--provider", "X", "--provider", "Y", "--threads", 2,
         "--seed", 5, "--max-memory", "1.5GiB", "--min-sqnr", 9, "--max-kl", 0.5, "--require-quantized", "--dump-dir",
         "d", "--pipeline", "rtn", "--calibrator", "mse", "--reduce-range", "--bench",
-        "--exclude-worst", 2, "--kv-cache", "kv4", "--float16",
+        "--exclude-worst", 2, "--kv-cache", "kv4", "--float16", "--checkpoint", "k",
     )  # fmt: skip
     config = seen["config"]
     assert (seen["model"], seen["output"], seen["pipeline"]) == (Path("m.onnx"), Path("o.onnx"), "rtn")
@@ -242,7 +244,7 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "opset": 22, "sequential": False, "provider": "X", "verify_providers": ("X", "Y"), "threads": 2, "seed": 5,
         "max_memory": 3 << 29, "verify": True, "min_sqnr_db": 9.0, "max_kl": 0.5, "require_quantized": True,
         "dump_dir": Path("d"), "calibrator": "mse", "reduce_range": True, "bench": True,
-        "exclude_worst": 2, "kv_cache": "kv4", "float16": True,
+        "exclude_worst": 2, "kv_cache": "kv4", "float16": True, "checkpoint": Path("k"),
     }  # fmt: skip
     assert {name: getattr(config, name) for name in given} == given
     apart = {"bits_per_weight", "max_size", "effort"}  # which do not go with each other, QDQ or algorithms
@@ -364,6 +366,41 @@ CRASHES = {
     "disk": (OSError(28, "No space left on device", "out.onnx"), 1, "out.onnx: No space left on device"),
     "interrupt": (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
 }
+
+
+def test_an_interrupted_command_says_where_it_would_go_on(linear_file, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "compile_model", fail)
+    done = run(qcompile, linear_file, "--checkpoint", tmp_path / "k")
+    assert done.exit_code == 130
+    folder = tmp_path / "k"
+    assert done.stderr == (
+        f"Error: interrupted; nothing was written but checkpoints in {folder}, from which the same command goes on\n"
+    )
+
+
+def test_a_terminated_command_ends_like_an_interrupted_one(linear_file, monkeypatch):
+    """And the handler is the caller's again afterwards."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate(*_, **__):
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("goes on after SIGTERM")
+
+    monkeypatch.setattr(driver, "compile_model", terminate)
+    done = run(qcompile, linear_file)
+    assert (done.exit_code, done.stderr) == (143, "Error: interrupted; nothing was written\n")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_commands_outside_of_the_main_thread_leave_signals_alone(linear_file):
+    before, codes = signal.getsignal(signal.SIGTERM), []
+    thread = threading.Thread(target=lambda: codes.append(run(qcompile, linear_file, "-q").exit_code))
+    thread.start()
+    thread.join()
+    assert (codes, signal.getsignal(signal.SIGTERM)) == ([0], before)
 
 
 @pytest.mark.parametrize("name", CRASHES)

@@ -75,6 +75,19 @@ def printed(made, width=80, **options):
     return text.getvalue()
 
 
+def test_it_says_what_came_from_checkpoints_and_the_model_does_not():
+    made, plain = report(), report()
+    made.checkpoints = {"gptq": (5, 7), "learned_rounding": (0, 6)}
+    assert made.to_dict()["checkpoints"] == {
+        "gptq": {"recalled": 5, "sites": 7},
+        "learned_rounding": {"recalled": 0, "sites": 6},
+    }
+    assert "gptq: 5 of 7 sites came from checkpoints\n" in printed(made)
+    assert "learned_rounding: " not in printed(made)
+    assert plain.to_dict()["checkpoints"] == {}
+    assert made.metadata() == plain.metadata()
+
+
 # Sites.
 
 
@@ -241,7 +254,7 @@ def test_json_has_a_stable_form():
     read = json.loads(made.to_json())
     assert list(read) == [
         "schema", "model", "bytes", "recipe", "meaning", "calibration", "sites", "quantized", "skipped", "excluded",
-        "activations", "notes", "passes", "verification", "bench", "versions", "seconds", "peak_bytes",
+        "checkpoints", "activations", "notes", "passes", "verification", "bench", "versions", "seconds", "peak_bytes",
     ]  # fmt: skip
     assert read["schema"] == 1
     assert read["bytes"] == {"before": 538_000_000, "after": 174_000_000, "files": 178_000_000}

@@ -1,10 +1,11 @@
 """Learning by gradient what a weight is rounded to; needs the extra `torch`."""
 
 from qcompiler.tuning.distillation import Head, Stage, distill
-from qcompiler.tuning.learned_vector import LearnedVector, learnable_vectors
+from qcompiler.tuning.learned_vector import LearnedVector
 from qcompiler.tuning.learned_weight import LearnedWeight, Pace, Start
-from qcompiler.tuning.rounding import Example, Outcome, Settings, fast_bfloat16, tune_block
-from qcompiler.tuning.sites import put_back, start_of, tuning_problem
+from qcompiler.tuning.rounding import Example, Outcome, Settings, fast_bfloat16, parted, tune_block
+from qcompiler.tuning.sites import outcome_arrays, outcome_of, put_back, start_of, tuning_problem
+from qcompiler.tuning.whole import learn_whole, put_back_vectors, whole_problem
 
 __all__ = [
     "Example",
@@ -18,9 +19,14 @@ __all__ = [
     "Start",
     "distill",
     "fast_bfloat16",
-    "learnable_vectors",
+    "learn_whole",
+    "outcome_arrays",
+    "outcome_of",
+    "parted",
     "put_back",
+    "put_back_vectors",
     "start_of",
     "tune_block",
     "tuning_problem",
+    "whole_problem",
 ]

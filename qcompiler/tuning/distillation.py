@@ -5,14 +5,19 @@ forward and only what crosses between them is kept; then, from the last to the f
 and its weights are moved at once. So memory holds the latents of all weights, but the activations of one block.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qcompiler.checkpoints import Arrays, Periodic
 from qcompiler.torch_graph import TorchGraph
 from qcompiler.torch_graph.dtypes import from_numpy
 from qcompiler.tuning.learned_vector import LearnedVector
@@ -20,6 +25,8 @@ from qcompiler.tuning.learned_weight import LearnedWeight, Pace
 from qcompiler.tuning.rounding import Example, Settings, products, shuffled, token_rows, torch_threads
 
 __all__ = ["Head", "Stage", "distill"]
+
+logger = logging.getLogger(__name__)
 
 _Values = dict[str, Tensor]
 
@@ -59,6 +66,7 @@ def distill(
     held_out: Sequence[Example],
     settings: Settings,
     tick: Callable[[int, int], None] | None = None,
+    stored: Periodic | None = None,
 ) -> tuple[float, float]:
     """Learn the weights of all stages, one batch a step.
 
@@ -69,18 +77,40 @@ def distill(
         held_out: To judge by.
         settings: How; `batch` is not used.
         tick: Called with (steps done, steps).
+        stored: Where the state of the descent is stored now and then, and taken up.
 
     Returns:
         The divergence on the held-out batches before and after; the weights hold what was learned.
     """
     with torch_threads(settings.threads):
-        before = _mean(stages, head, held_out)
-        order = shuffled(len(examples), settings.seed)
-        for step in range(settings.steps):
+        done, before = (_restored(stages, stored) if stored is not None else None) or (0, _mean(stages, head, held_out))
+        order = islice(shuffled(len(examples), settings.seed), done, None)
+        for step in range(done, settings.steps):
             _descend(stages, head, examples[next(order)], settings, settings.pace(step))
             if tick is not None:
                 tick(step + 1, settings.steps)
+            if stored is not None:
+                stored.offer(partial(_state, stages, step + 1, before))
         return before, _mean(stages, head, held_out)
+
+
+def _state(stages: Sequence[Stage], done: int, before: float) -> Arrays:
+    """Everything that the descent goes on from: the steps done, the first divergence, and what each weight has."""
+    found = {"done": np.array(done), "before": np.array(before)}
+    for at, weight in enumerate(weight for stage in stages for weight in stage.weights):
+        found.update({f"{at}.{name}": array for name, array in weight.state().items()})
+    return found
+
+
+def _restored(stages: Sequence[Stage], stored: Periodic) -> tuple[int, float] | None:
+    """Give each weight what was stored; the steps done and the first divergence, or None if nothing was."""
+    found = stored.load()
+    if found is None:
+        return None
+    for at, weight in enumerate(weight for stage in stages for weight in stage.weights):
+        weight.restore({name: found[f"{at}.{name}"] for name in weight.state()})
+    logger.info("distillation goes on behind step %d", found["done"])
+    return int(found["done"]), float(found["before"])
 
 
 def _descend(stages: Sequence[Stage], head: Head, example: Example, settings: Settings, pace: Pace) -> None:

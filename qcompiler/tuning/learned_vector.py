@@ -3,7 +3,7 @@
 Li et al. 2023, "Norm Tweaking", arXiv:2309.02784, learn the gains of normalizations alone. It costs no bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -49,11 +49,20 @@ class LearnedVector:
         if tensor is not None and tensor.grad is not None:
             self._values.sub_(self._direction(tensor.grad, pace.momentum), alpha=pace.scale_rate * self._unit)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """All that `step` has changed, in the memory that it changes."""
+        return {"values": self._values.numpy(), **self._direction.state()}
 
-def learnable_vectors(nodes: Sequence[ir.Node]) -> dict[str, ir.Value]:
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `state` gave."""
+        self._values.copy_(torch.from_numpy(np.array(state["values"])))
+        self._direction.restore({name: array for name, array in state.items() if name != "values"})
+
+
+def learnable_vectors(nodes: Sequence[ir.Node]) -> dict[str, np.ndarray]:
     """The float32 vectors that only these nodes read, as gains or as biases, by name."""
     inside = set(nodes)
-    found: dict[str, ir.Value] = {}
+    found: dict[str, np.ndarray] = {}
     for node in nodes:
         for value in node.inputs:
             if value is None or value.const_value is None or not value.name or not value.is_initializer():
@@ -61,5 +70,5 @@ def learnable_vectors(nodes: Sequence[ir.Node]) -> dict[str, ir.Value]:
             tensor = value.const_value
             learnable = tensor.dtype == ir.DataType.FLOAT and len(tensor.shape) == 1 and tensor.size > 1
             if learnable and all(user.op_type in _READERS and user in inside for user in value.consumers()):
-                found[value.name] = value
-    return {name: value for name, value in found.items() if np.any(value.const_value.numpy())}  # type: ignore[union-attr]
+                found[value.name] = tensor.numpy()
+    return {name: values for name, values in found.items() if values.any()}

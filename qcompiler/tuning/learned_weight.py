@@ -4,6 +4,7 @@ Shapes: weights ``[N, K]``; latents and codes ``[N, G, g]``, the columns by thei
 with zeros; scales and factors ``[N, G]``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +125,20 @@ class LearnedWeight:
         self._latent.clamp_(first - self._zero - _PAST, last - self._zero + _PAST)
         self._factor.sub_(factor(groups, pace.momentum), alpha=pace.scale_rate).clamp_(*_FACTORS)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """All that `step` has changed, in the memory that it changes."""
+        found = {"latent": self._latent.numpy(), "factor": self._factor.numpy()}
+        for at, direction in enumerate(self._directions):
+            found.update({f"{at}{name}": array for name, array in direction.state().items()})
+        return found
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `state` gave."""
+        self._latent.copy_(torch.from_numpy(np.array(state["latent"])))
+        self._factor.copy_(torch.from_numpy(np.array(state["factor"])))
+        for at, direction in enumerate(self._directions):
+            direction.restore({name[1:]: array for name, array in state.items() if name.startswith(str(at))})
+
     def _stored(self, tensor: Tensor) -> Tensor:
         """A tensor in the shape that the graph stores -> [N, G, g]."""
         rows, columns = self._shape
@@ -146,14 +161,37 @@ class LearnedWeight:
         return groups.reshape(-1, heads, groups.shape[1]).sum(1).repeat_interleave(heads, 0)
 
 
-class Adam:
+class _Direction:
+    """Which way to go, from slopes one after the other; its attributes are tensors and counts."""
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All attributes; numpy has no bfloat16, whose bits are stored."""
+        found = {}
+        for name, value in vars(self).items():
+            bits = isinstance(value, Tensor) and value.dtype == torch.bfloat16
+            found[name] = np.asarray(value.view(torch.int16) if bits else value)
+        return found
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """The reverse of `state`."""
+        for name, array in state.items():
+            if isinstance(getattr(self, name), Tensor):
+                tensor = torch.from_numpy(array.copy())
+                setattr(self, name, tensor.view(torch.bfloat16) if array.dtype == np.int16 else tensor)
+            else:
+                setattr(self, name, array.item())
+
+
+class Adam(_Direction):
     """A slope's running mean over its running magnitude: about 1 where all batches agree."""
 
     def __init__(self) -> None:
+        """Begin with nothing."""
         self._mean = self._square = torch.zeros(())
         self._count = 0
 
     def __call__(self, slope: Tensor, momentum: float) -> Tensor:
+        """The direction."""
         if not self._count:
             self._mean, self._square = torch.zeros_like(slope), torch.zeros_like(slope)
         self._count += 1
@@ -163,7 +201,7 @@ class Adam:
         return (self._mean / (1 - momentum**self._count)).div_(size)
 
 
-class _Factored:
+class _Factored(_Direction):
     """A slope [N, G, g] over its running magnitude, which is held as a factor for each row and each column."""
 
     def __init__(self) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "Outcome",
     "Settings",
     "fast_bfloat16",
+    "parted",
     "products",
     "shuffled",
     "token_rows",
@@ -173,6 +174,13 @@ def shuffled(count: int, seed: int) -> Iterator[int]:
     generator = np.random.default_rng(seed)
     while True:
         yield from map(int, generator.permutation(count))
+
+
+def parted(examples: Sequence[Example], held_out: int) -> tuple[list[Example], list[Example]]:
+    """What to learn from, and, evenly spread, what to judge by."""
+    count = len(examples)
+    apart = {(2 * index + 1) * count // (2 * held_out) for index in range(held_out)}
+    return [each for index, each in enumerate(examples) if index not in apart], [examples[i] for i in sorted(apart)]
 
 
 def _error(graph: TorchGraph, weights: Sequence[LearnedWeight], examples: Sequence[Example]) -> float:

@@ -1,15 +1,20 @@
-"""Quantized sites as descent takes them, and what it learned put back."""
+"""Quantized sites as descent takes them, and what it learned stored and put back."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.checkpoints import Arrays
 from qcompiler.graph import Site, write_weight
 from qcompiler.numerics.affine import Grid
 from qcompiler.numerics.metrics import sqnr_db
+from qcompiler.numerics.packing import pack_codes, unpack_codes
 from qcompiler.quantized import from_stored
 from qcompiler.tuning.learned_weight import Start
+from qcompiler.tuning.rounding import Outcome
 
-__all__ = ["put_back", "start_of", "tuning_problem"]
+__all__ = ["outcome_arrays", "outcome_of", "put_back", "start_of", "tuning_problem"]
 
 # A layer whose output is this many times as wide as what it reads is no part of a block: its targets would not fit.
 _WIDEST = 8
@@ -40,6 +45,27 @@ def start_of(site: Site) -> Start:
     zero = np.full_like(scale, tensor.spec.format.mid) if tensor.zero_point is None else tensor.zero_point
     grid = Grid(scale, zero.astype(np.float32))
     return Start(site.weight.name or "", _original(site), tensor.codes(), grid, tensor.spec, site.layout)
+
+
+def outcome_arrays(outcome: Outcome, sites: Sequence[Site]) -> Arrays:
+    """What was learned of some sites as arrays, for a checkpoint."""
+    found = {"before": np.array(outcome.before), "after": np.array(outcome.after)}
+    for at, (site, codes, grid) in enumerate(zip(sites, outcome.codes, outcome.grids, strict=True)):
+        packed = pack_codes(codes, _bits(site))
+        found.update({f"codes{at}": packed, f"scale{at}": grid.scale, f"zero{at}": grid.zero_point})
+    return found
+
+
+def outcome_of(arrays: Mapping[str, np.ndarray], sites: Sequence[Site]) -> Outcome:
+    """The reverse of `outcome_arrays`."""
+    codes = [unpack_codes(arrays[f"codes{at}"], _bits(site), site.columns) for at, site in enumerate(sites)]
+    grids = [Grid(arrays[f"scale{at}"], arrays[f"zero{at}"]) for at in range(len(sites))]
+    return Outcome(codes, grids, float(arrays["before"]), float(arrays["after"]))
+
+
+def _bits(site: Site) -> int:
+    assert site.quantized is not None
+    return site.quantized.spec.bits
 
 
 def put_back(site: Site, codes: np.ndarray, grid: Grid, pass_name: str) -> dict[str, float]:

@@ -44,9 +44,9 @@ def parts(model):
     first, *middle, end = plan_blocks(model, sites, feeds[0], CPU)
     with ThreadPoolExecutor(1) as pool, Scratch(None) as scratch:
         streams = TwoStreams(model, feeds, scratch, pool, 1)
-        streams.advance(first, streams.targets(first, CPU), CPU)
+        streams.advance(first, CPU)
         for block in middle:
-            streams.follow(block, streams.targets(block, CPU))
+            streams.follow(block, CPU)
     return middle, end, streams.actual[0], streams.exact[0], streams.masks[0], feeds[0]
 
 
