@@ -18,24 +18,23 @@ Shapes: X ``[T, K]``; W, D ``[N, K]``; H ``[K, K]``; s ``[K]``.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx_ir as ir
 
-from qcompiler.errors import CalibrationError, NumericsError, SchemeError
-from qcompiler.foldings import Folding, find_foldings
-from qcompiler.graph import Site, input_feature_axis, read_weight
+from qcompiler.errors import NumericsError, SchemeError
+from qcompiler.foldings import Folding
+from qcompiler.graph import input_feature_axis, read_weight
 from qcompiler.numerics.affine import WeightSpec, clip_grid, dequantize, min_max_grid, quantize
 from qcompiler.numerics.formats import float8_values
 from qcompiler.numerics.rows import feature_rows
 from qcompiler.numerics.second_order import row_losses
-from qcompiler.observing import observe
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, site_scheme, site_spec
+from qcompiler.observing import Collector
+from qcompiler.passes.base import site_spec
 from qcompiler.records import SiteRecord
-from qcompiler.sites import find_sites
+from qcompiler.rescaling import RescalingPass, open_sites
 from qcompiler.statistics import Hessian
 
 __all__ = ["Awq", "awq_factors", "relative_magnitudes", "scaled_loss"]
@@ -44,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 _SMALLEST = 1e-4
 _QUIET = 1e-2  # of the median channel
-# Bytes of Hessians held at a time, where no limit is given.
-_HESSIAN_BYTES = 1 << 30
 _BLOCK = 1 << 23  # weights that are rounded at a time
 
 
@@ -114,7 +111,7 @@ def scaled_loss(weight: np.ndarray, hessian: np.ndarray, factors: np.ndarray, sp
     return loss
 
 
-class Awq(QuantPass):
+class Awq(RescalingPass):
     """AWQ by folding.
 
     1. The activations that linear sites with a scheme read are rescaled where something before them can absorb the
@@ -125,65 +122,23 @@ class Awq(QuantPass):
     """
 
     name = "awq"
-    stage = Stage.TRANSFORM
     after = ("smoothquant", "rotate")
     paper = "Lin et al. 2023, arXiv:2306.00978"
-    needs_calibration = True
     Options = Options
 
-    def call(self, model: ir.Model) -> QuantPassResult:
-        """Measure the float model, then rescale it."""
-        foldings = find_foldings(model, _sites(model), caches=self.options.caches)
-        chosen = [folding for folding in foldings if not _problem(folding)]
-        calibration = self.context.calibration
-        if chosen and (calibration is None or not len(calibration.batches)):
-            raise CalibrationError("awq needs calibration data; give --calibration PATH, or leave it out")
-        done: dict[Folding, SiteRecord] = {}
-        for group in self._groups(chosen):
-            measured = self._measure(model, group)
-            for folding in group:
-                done[folding] = self._scale(folding, measured.pop(folding))
-        records = tuple(
-            done.get(folding) or SiteRecord(folding.sites[0].name, "skipped", reason=f"not scaled: {_problem(folding)}")
-            for folding in foldings
-        )
-        scaled = sum(record.action == "scaled" for record in records)
-        logger.info("awq: %d of %d activations rescaled", scaled, len(foldings))
-        return QuantPassResult(model, scaled > 0, records)
+    def held_bytes(self, folding: Folding) -> int:
+        """The Hessian."""
+        return 8 * folding.channels**2
 
-    def _groups(self, foldings: Sequence[Folding]) -> Iterator[list[Folding]]:
-        """Foldings whose Hessians fit in memory together."""
-        limit = self.context.config.max_memory
-        room = limit // 4 if limit else _HESSIAN_BYTES
-        group: list[Folding] = []
-        used = 0
-        for folding in foldings:
-            needed = 8 * folding.channels**2
-            if group and used + needed > room:
-                yield group
-                group, used = [], 0
-            group.append(folding)
-            used += needed
-        if group:
-            yield group
-
-    def _measure(self, model: ir.Model, foldings: Sequence[Folding]) -> dict[Folding, "_Moments"]:
-        """Run the model, which computes the same however many of its activations are rescaled already."""
-        found = {folding: _Moments(folding.channels, input_feature_axis(folding.sites[0])) for folding in foldings}
-        observe(
-            model,
-            {folding.value: [moments] for folding, moments in found.items()},
-            self.context.calibration.batches,
-            provider=self.context.config.provider,
-            threads=self.context.threads,
-            tick=lambda done, total: self.context.tick(self.name, done, total),
-        )
-        return found
+    def start(self, folding: Folding) -> tuple[Sequence[Collector], Callable[[], SiteRecord]]:
+        """See `RescalingPass`."""
+        moments = _Moments(folding.channels, input_feature_axis(folding.sites[0]))
+        return [moments], lambda: self._scale(folding, moments)
 
     def _scale(self, folding: Folding, moments: "_Moments") -> SiteRecord:
         first, *others = folding.sites
         hessian = moments.hessian.facts(first.name).hessian.astype(np.float32)
-        readers = [(read_weight(site), site_spec(site, self.context.config)) for site in _assigned(folding.sites)]
+        readers = [(read_weight(site), site_spec(site, self.context.config)) for site in open_sites(folding.sites)]
         if not all(np.isfinite(np.sum(weight, dtype=np.float64)) for weight, _ in readers):
             raise NumericsError(
                 f"a weight that reads '{folding.value.name}', as '{first.name}' does, holds values that are NaN or "
@@ -216,23 +171,6 @@ class Awq(QuantPass):
         remarks = [f"scaled with {', '.join(site.name for site in others)}"] if others else []
         remarks += [f"the cache {name} is scaled" for name in folding.caches]
         return SiteRecord(first.name, "scaled", "", "; ".join(remarks), metrics)
-
-
-def _sites(model: ir.Model) -> list[Site]:
-    """The linear sites that have a scheme and are not quantized yet."""
-    return [site for site in _assigned(find_sites(model)[0]) if site.node.op_type != "Conv"]
-
-
-def _assigned(sites: Sequence[Site]) -> list[Site]:
-    return [site for site in sites if site_scheme(site) is not None and site.quantized is None]
-
-
-def _problem(folding: Folding) -> str:
-    """Why the folding is left alone; empty if it is not."""
-    nested = next((site.nested for site in folding.sites if site.nested), "")
-    if nested:
-        return f"inside the body of {nested}, whose activations are not measured"
-    return folding.stuck or folding.reason
 
 
 class _Moments:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
@@ -17,20 +17,22 @@ from qcompiler.errors import CalibrationError, NumericsError, SchemeError
 from qcompiler.graph import SCHEME_KEY, Site, read_weight, write_weight
 from qcompiler.numerics.affine import Grid, WeightSpec
 from qcompiler.numerics.metrics import sqnr_db
-from qcompiler.numerics.packing import pack_codes, unpack_codes
+from qcompiler.observing import Collector, observe
+from qcompiler.quantized import Quantized
 from qcompiler.records import SiteRecord
 from qcompiler.scheme import Activations, Scheme
 from qcompiler.segments import plan_segments
+from qcompiler.session import Feeds
 from qcompiler.sites import find_sites
 from qcompiler.statistics import LayerFacts
 from qcompiler.streaming import Reading, Streaming
 
 __all__ = [
+    "WEIGHTS",
     "NoOptions",
     "PassContext",
     "QuantPass",
     "QuantPassResult",
-    "Quantized",
     "SegmentPass",
     "Stage",
     "WeightQuantizer",
@@ -42,9 +44,13 @@ __all__ = [
     "site_spec",
     "spec_of",
     "streaming",
+    "watch",
 ]
 
 logger = logging.getLogger(__name__)
+
+# Among the passes that one comes after, this means all that choose weights (see `QuantPass.chooses_weights`).
+WEIGHTS = "weights"
 
 
 class Stage(IntEnum):
@@ -75,6 +81,12 @@ class PassContext:
     calibration: Any = None
     progress: Any = None
     checkpoints: Checkpoints | None = None
+
+    @property
+    def batches(self) -> Sequence[Feeds]:
+        """The batches of calibration data; none without such data."""
+        batches: Sequence[Feeds] = () if self.calibration is None else self.calibration.batches
+        return batches
 
     def tick(self, label: str, done: int, total: int) -> None:
         """Report progress."""
@@ -111,7 +123,8 @@ class QuantPass(ir.passes.InPlacePass):
     Class attributes:
         name: As the user types it; the name of the file.
         stage: Where it belongs.
-        after: Passes of the same stage that have to come before it.
+        after: Passes of the same stage that have to come before it; `WEIGHTS` stands for all that choose weights.
+        chooses_weights: Whether it decides what weights become; what reads the result comes after `WEIGHTS`.
         paper: Reference, printed by `qcompiler passes`.
         needs_calibration: Whether it measures activations.
         Options: Frozen dataclass; each field's metadata["help"] says what it does.
@@ -123,6 +136,7 @@ class QuantPass(ir.passes.InPlacePass):
     after: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""
     needs_calibration: ClassVar[bool] = False
+    chooses_weights: ClassVar[bool] = False
     Options: ClassVar[type] = NoOptions
 
     def __init__(self, context: PassContext, options: dict[str, str] | None = None) -> None:
@@ -135,6 +149,11 @@ class QuantPass(ir.passes.InPlacePass):
         """Whether the pass belongs in every pipeline for this configuration; False: only when named."""
         del config
         return False
+
+    def added_bytes(self, site: Site) -> int:
+        """Bytes that the pass will put beside a site's weight, for those who plan with sizes."""
+        del site
+        return 0
 
     @abstractmethod
     def call(self, model: ir.Model) -> QuantPassResult:
@@ -215,50 +234,11 @@ def quantizes_activations(config: CompileConfig, *, dynamic: bool | None = None)
     return bool(kinds) if dynamic is None else dynamic in kinds
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """What a weight algorithm returns.
-
-    Attributes:
-        codes: uint8 ``[N, K]``.
-        grid: Scale and zero point ``[N, G]``.
-        remark: For the record's reason.
-        loss: Of each row, float64 ``[N]``, the error that the algorithm minimized; None if it minimized none.
-        energy: What `loss` would be if all codes meant zero, float64 ``[N]``.
-    """
-
-    codes: np.ndarray
-    grid: Grid
-    remark: str = ""
-    loss: np.ndarray | None = None
-    energy: np.ndarray | None = None
-
-    def metrics(self, rows: slice) -> dict[str, float]:
-        """Figures about some of the rows, for a record."""
-        if self.loss is None or self.energy is None:
-            return {}
-        loss, energy = float(self.loss[rows].sum()), float(self.energy[rows].sum())
-        return {"loss": loss, "relative_loss": loss / energy if energy else 0.0}
-
-    def arrays(self, spec: WeightSpec) -> Arrays:
-        """All of it as arrays, for a checkpoint."""
-        found = {"codes": pack_codes(self.codes, spec.bits), "scale": self.grid.scale, "zero": self.grid.zero_point}
-        found["remark"] = np.frombuffer(self.remark.encode(), np.uint8)
-        if self.loss is not None and self.energy is not None:
-            found.update(loss=self.loss, energy=self.energy)
-        return found
-
-    @classmethod
-    def of(cls, arrays: Arrays, spec: WeightSpec, columns: int) -> "Quantized":
-        """The reverse of `arrays`."""
-        codes, grid = unpack_codes(arrays["codes"], spec.bits, columns), Grid(arrays["scale"], arrays["zero"])
-        return cls(codes, grid, arrays["remark"].tobytes().decode(), arrays.get("loss"), arrays.get("energy"))
-
-
 class WeightQuantizer(QuantPass):
     """A weight algorithm: implement `quantize`, arrays in, arrays out."""
 
     stage = Stage.QUANTIZE
+    chooses_weights = True
 
     @abstractmethod
     def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
@@ -327,6 +307,24 @@ def streaming(context: PassContext, name: str, *, sequential: bool, drift: bool 
         lambda done, total: context.tick(name, done, total),
         drift,
         context.checkpoints,
+    )
+
+
+def watch(
+    context: PassContext,
+    name: str,
+    model: ir.Model,
+    collectors: Mapping[ir.Value, Sequence[Collector]],
+    batches: Sequence[Feeds] | None = None,
+) -> None:
+    """Show values of the model, as it is now, to the collectors of the pass called `name`, on all batches or these."""
+    observe(
+        model,
+        collectors,
+        context.batches if batches is None else batches,
+        provider=context.config.provider,
+        threads=context.threads,
+        tick=lambda done, total: context.tick(name, done, total),
     )
 
 

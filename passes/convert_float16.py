@@ -204,7 +204,7 @@ class _Converter:
         if wide:
             self._wide.add(value)
         else:
-            value.dtype = _HALF
+            value.type = ir.TensorType(_HALF)  # values may share the type that they had
 
     def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """The value in float32 or float16."""

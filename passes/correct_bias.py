@@ -23,12 +23,10 @@ import onnx_ir as ir
 
 from qcompiler.convolution import Geometry, tap_sums
 from qcompiler.errors import CalibrationError
-from qcompiler.graph import Site, constant_array, read_weight
-from qcompiler.layers import is_constant, store_constant
+from qcompiler.graph import Site, constant_array, original_weight, weight_error
+from qcompiler.layers import constant_add, is_constant, store_constant
 from qcompiler.lowering import add_constant, make_node
-from qcompiler.observing import observe
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, scheme_text
-from qcompiler.quantized import from_stored
+from qcompiler.passes.base import WEIGHTS, QuantPass, QuantPassResult, Stage, scheme_text, watch
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
 
@@ -48,7 +46,7 @@ class CorrectBias(QuantPass):
 
     name = "correct_bias"
     stage = Stage.QUANTIZE
-    after = ("rtn", "gptq", "hqq", "obq", "learned_rounding")
+    after = (WEIGHTS,)
     paper = "Nagel et al. 2019, arXiv:1906.04721"
     needs_calibration = True
     Options = Options
@@ -58,7 +56,7 @@ class CorrectBias(QuantPass):
         sites = [site for site in find_sites(model)[0] if site.quantized is not None]
         problems = {site: _problem(site, insert=self.options.insert) for site in sites}
         chosen = [site for site in sites if not problems[site]]
-        if chosen and (self.context.calibration is None or not len(self.context.calibration.batches)):
+        if chosen and not len(self.context.batches):
             raise CalibrationError("correct_bias needs calibration data; give --calibration PATH, or drop correct_bias")
         totals: dict[Site, np.ndarray] = {}
         figures: dict[Site, dict[str, float]] = {}
@@ -88,7 +86,6 @@ class CorrectBias(QuantPass):
 
     def _measure(self, model: ir.Model, sites: Sequence[Site]) -> dict[Site, np.ndarray]:
         """E[x] of each site, float64 [C, taps]; sites that read the same activation alike share a collector."""
-        config, context = self.context.config, self.context
         collectors: dict[tuple[ir.Value, Geometry | None], _Means] = {}
         of_site = {}
         for site in sites:
@@ -97,14 +94,7 @@ class CorrectBias(QuantPass):
         watched: dict[ir.Value, list[_Means]] = {}
         for (value, _), collector in collectors.items():
             watched.setdefault(value, []).append(collector)
-        observe(
-            model,
-            watched,
-            context.calibration.batches,
-            provider=config.provider,
-            threads=context.threads,
-            tick=lambda done, total: context.tick(self.name, done, total),
-        )
+        watch(self.context, self.name, model, watched)
         return {site: collector.means for site, collector in of_site.items()}
 
     def _bias(self, site: Site) -> tuple[ir.Node, int]:
@@ -112,7 +102,7 @@ class CorrectBias(QuantPass):
         node = site.node
         if node.op_type != "MatMul":
             return node, 2
-        found = _add_behind(node)
+        found = constant_add(node)
         if found is not None:
             return found
         graph, result = node.graph, node.outputs[0]
@@ -171,9 +161,7 @@ class _Means:
 
 def _correction(site: Site, means: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
     """What the bias has to gain, float64 [N], and how large it is."""
-    assert site.quantized is not None
-    weight = from_stored(np.asarray(site.quantized.meta["original"].numpy()), site.layout).astype(np.float32)
-    shift, output = mean_error(weight - read_weight(site), means), mean_error(weight, means)
+    shift, output = mean_error(weight_error(site), means), mean_error(original_weight(site), means)
     size, whole = (float(np.linalg.norm(vector)) for vector in (shift, output))
     figures = {"mean_error": size / math.sqrt(site.rows), "relative_mean_error": size / whole if whole else 0.0}
     return shift, figures
@@ -193,21 +181,10 @@ def _problem(site: Site, *, insert: bool) -> str:
     if site.input.const_value is not None:
         return "it reads a constant"
     if node.op_type == "MatMul":
-        missing = _add_behind(node) is None and not insert
+        missing = constant_add(node) is None and not insert
         return "no constant Add is the only reader of its result; insert=true makes one" if missing else ""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     return "" if bias is None or is_constant(bias) else "its bias is computed"
-
-
-def _add_behind(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """The Add of a constant that is the only reader of a result, and the number of its constant input."""
-    result = node.outputs[0]
-    uses = result.uses()
-    if len(uses) != 1 or result.is_graph_output():
-        return None
-    reader, index = next(iter(uses))
-    other = reader.inputs[1 - index] if reader.op_type == "Add" and reader.domain == "" else None
-    return (reader, 1 - index) if is_constant(other) and reader.graph is node.graph else None
 
 
 def _add(node: ir.Node, index: int, shift: np.ndarray, site: Site) -> None:

@@ -39,7 +39,8 @@ from qcompiler.numerics.second_order import (
     sweep_groups,
     upper_factor,
 )
-from qcompiler.passes.base import Quantized, SegmentPass
+from qcompiler.passes.base import SegmentPass
+from qcompiler.quantized import Quantized
 from qcompiler.statistics import LayerFacts
 
 __all__ = ["Gptq"]

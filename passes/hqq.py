@@ -14,7 +14,8 @@ import onnx_ir as ir
 from qcompiler.errors import SchemeError
 from qcompiler.numerics.affine import WeightSpec, clip_grid, dequantize, min_max_grid, quantize
 from qcompiler.numerics.half_quadratic import HalfQuadratic, half_quadratic_grid
-from qcompiler.passes.base import Quantized, QuantPassResult, WeightQuantizer, assigned_sites
+from qcompiler.passes.base import QuantPassResult, WeightQuantizer, assigned_sites
+from qcompiler.quantized import Quantized
 from qcompiler.records import SiteRecord
 from qcompiler.statistics import LayerFacts
 

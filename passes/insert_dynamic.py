@@ -16,7 +16,14 @@ import onnx_ir as ir
 from qcompiler.config import CompileConfig
 from qcompiler.graph import PASS_KEY, Site, unique_name
 from qcompiler.lowering import add_constant, append_nodes, make_node
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, quantizes_activations
+from qcompiler.passes.base import (
+    WEIGHTS,
+    QuantPass,
+    QuantPassResult,
+    Stage,
+    explicit_activations,
+    quantizes_activations,
+)
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
 
@@ -32,7 +39,7 @@ class InsertDynamic(QuantPass):
 
     name = "insert_dynamic"
     stage = Stage.QUANTIZE
-    after = ("rtn", "gptq", "correct_bias", "insert_qdq")
+    after = (WEIGHTS, "correct_bias", "insert_qdq")
 
     @classmethod
     def applies(cls, config: CompileConfig) -> bool:

@@ -22,7 +22,14 @@ from qcompiler.errors import CalibrationError, SchemeError
 from qcompiler.graph import Site, constant_array, unique_name
 from qcompiler.lowering import add_constant, make_node
 from qcompiler.numerics.activation import ActivationSpec, activation_grid, quantize_activation
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, quantizes_activations
+from qcompiler.passes.base import (
+    WEIGHTS,
+    QuantPass,
+    QuantPassResult,
+    Stage,
+    explicit_activations,
+    quantizes_activations,
+)
 from qcompiler.placement import Placement, place
 from qcompiler.ranges import Range, calibrate
 from qcompiler.records import SiteRecord
@@ -48,7 +55,7 @@ class InsertQdq(QuantPass):
 
     name = "insert_qdq"
     stage = Stage.QUANTIZE
-    after = ("rtn", "gptq", "correct_bias")
+    after = (WEIGHTS, "correct_bias")
     needs_calibration = True
     Options = Options
 

@@ -25,7 +25,8 @@ from qcompiler.checkpoints import Arrays, Periodic, digest_of
 from qcompiler.errors import CalibrationError, PassError, SchemeError
 from qcompiler.graph import SCHEME_KEY, Site
 from qcompiler.numerics.affine import WeightSpec, clip_grid, quantize
-from qcompiler.passes.base import Quantized, QuantPassResult, WeightQuantizer, assigned_sites, scheme_text
+from qcompiler.passes.base import QuantPassResult, WeightQuantizer, assigned_sites, scheme_text
+from qcompiler.quantized import Quantized
 from qcompiler.records import SiteRecord
 from qcompiler.scratch import Scratch
 from qcompiler.segments import Segment

@@ -23,8 +23,7 @@ from qcompiler.graph import PASS_KEY, walk
 from qcompiler.lowering import add_constant
 from qcompiler.numerics.affine import WeightSpec, clip_grid, dequantize, min_max_grid, quantize
 from qcompiler.numerics.metrics import sqnr_db
-from qcompiler.observing import observe
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
+from qcompiler.passes.base import WEIGHTS, QuantPass, QuantPassResult, Stage, watch
 from qcompiler.records import SiteRecord
 
 __all__ = ["QuantizeKvCache"]
@@ -49,7 +48,7 @@ class QuantizeKvCache(QuantPass):
     name = "quantize_kv_cache"
     stage = Stage.QUANTIZE
     # Last, since afterwards the model no longer takes the caches that calibration data has.
-    after = ("rtn", "gptq", "correct_bias", "insert_qdq", "insert_dynamic", "absorb_scales")
+    after = (WEIGHTS, "correct_bias", "insert_qdq", "insert_dynamic", "absorb_scales")
     needs_calibration = True
     paper = "Hooper et al. 2024, arXiv:2401.18079 (keys by channel)"
     Options = Options
@@ -85,22 +84,14 @@ class QuantizeKvCache(QuantPass):
         seen = {node.outputs[index]: _Heads() for node in nodes for index in _PRESENT}
         if not seen:
             return seen
-        data = self.context.calibration
-        if data is None or not len(data.batches):
+        batches, wanted = self.context.batches, self.options.batches
+        if not len(batches):
             raise CalibrationError(
                 "a quantized key-value cache needs calibration data for its scales; give --calibration PATH"
             )
-        batches, wanted = data.batches, self.options.batches
         if 0 < wanted < len(batches):
             batches = [batches[index * len(batches) // wanted] for index in range(wanted)]
-        observe(
-            model,
-            {value: [collector] for value, collector in seen.items()},
-            batches,
-            provider=self.context.config.provider,
-            threads=self.context.threads,
-            tick=lambda done, total: self.context.tick(self.name, done, total),
-        )
+        watch(self.context, self.name, model, {value: [collector] for value, collector in seen.items()}, batches)
         return seen
 
     def _quantize(self, graph: ir.Graph, node: ir.Node, seen: "dict[ir.Value, _Heads]") -> SiteRecord:
@@ -148,7 +139,7 @@ def _problem(node: ir.Node) -> str:
 
 def _retype(cache: ir.Value, bits: int, size: int) -> None:
     """Declare a cache [B, H, T, D] as codes."""
-    cache.dtype = ir.DataType.INT8 if bits == 8 else ir.DataType.UINT8
+    cache.type = ir.TensorType(ir.DataType.INT8 if bits == 8 else ir.DataType.UINT8)
     if cache.shape is not None:
         last = cache.shape[3] if bits == 8 else size // 2
         cache.shape = ir.Shape([*list(cache.shape)[:3], last])

@@ -11,7 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.numerics.affine import WeightSpec, clip_grid, min_max_grid, quantize
-from qcompiler.passes.base import Quantized, QuantPassResult, WeightQuantizer, assigned_sites
+from qcompiler.passes.base import QuantPassResult, WeightQuantizer, assigned_sites
+from qcompiler.quantized import Quantized
 from qcompiler.records import SiteRecord
 from qcompiler.statistics import LayerFacts
 

@@ -17,7 +17,6 @@ Left alone, with a record that says why: layers with computed weights, results t
 stands between two layers, and factors that are all one or with which a weight would exceed the range of its type.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,8 +26,7 @@ from qcompiler.collectors import ChannelRange
 from qcompiler.errors import CalibrationError, NumericsError, SchemeError
 from qcompiler.graph import Site, constant_array
 from qcompiler.layers import channel_view, clip_bounds, is_constant, store_constant
-from qcompiler.observing import observe
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, watch
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
 
@@ -109,10 +107,10 @@ class SmoothConv(QuantPass):
         sites = {site.node: site for site in find_sites(model)[0] if _is_static(site)}
         found = {site: _pair(site, sites) for site in sites.values()}
         pairs = [pair for pair in found.values() if isinstance(pair, _Pair)]
-        calibration = self.context.calibration
-        if pairs and (calibration is None or not len(calibration.batches)):
+        if pairs and not len(self.context.batches):
             raise CalibrationError("smooth_conv needs calibration data; give --calibration PATH, or leave it out")
-        ranges = self._measure(model, pairs) if pairs else {}
+        ranges = {pair.value: ChannelRange(1) for pair in pairs}
+        watch(self.context, self.name, model, {value: [collector] for value, collector in ranges.items()})
         records = []
         for site, pair in found.items():
             reason, s = (pair, None) if isinstance(pair, str) else self._smooth(pair, ranges[pair.value])
@@ -122,18 +120,6 @@ class SmoothConv(QuantPass):
             else:
                 records.append(SiteRecord(site.name, "skipped", reason=f"not smoothed: {reason}"))
         return QuantPassResult(model, any(record.action == "scaled" for record in records), tuple(records))
-
-    def _measure(self, model: ir.Model, pairs: Sequence[_Pair]) -> dict[ir.Value, ChannelRange]:
-        ranges = {pair.value: ChannelRange(1) for pair in pairs}
-        observe(
-            model,
-            {value: [collector] for value, collector in ranges.items()},
-            self.context.calibration.batches,
-            provider=self.context.config.provider,
-            threads=self.context.threads,
-            tick=lambda done, total: self.context.tick(self.name, done, total),
-        )
-        return ranges
 
     def _smooth(self, pair: _Pair, known: ChannelRange) -> tuple[str, np.ndarray | None]:
         """Rescale the weights of both sides; returns why they are left alone, or the factors."""

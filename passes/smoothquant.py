@@ -27,24 +27,23 @@ Shapes: X ``[T, K]``; W ``[N, K]``; s ``[K]``.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx_ir as ir
 
 from qcompiler.collectors import ChannelRange, RowSample
-from qcompiler.errors import CalibrationError, NumericsError, SchemeError
-from qcompiler.foldings import Folding, find_foldings
+from qcompiler.errors import NumericsError, SchemeError
+from qcompiler.foldings import Folding
 from qcompiler.graph import Site, input_feature_axis, read_weight
 from qcompiler.numerics.activation import activation_grid, fake_quantize
 from qcompiler.numerics.affine import WeightSpec, dequantize, min_max_grid, quantize
 from qcompiler.numerics.formats import float8_values
-from qcompiler.observing import Collector, observe
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, site_scheme, site_spec
+from qcompiler.observing import Collector
+from qcompiler.passes.base import explicit_activations, site_scheme, site_spec
 from qcompiler.records import SiteRecord
+from qcompiler.rescaling import RescalingPass
 from qcompiler.scheme import Activations
-from qcompiler.sites import find_sites
 
 __all__ = ["SmoothQuant", "smoothing_factors"]
 
@@ -53,8 +52,6 @@ logger = logging.getLogger(__name__)
 _EPSILON = 1e-5
 _STEPS = 20  # of alpha, in the search
 _WORTH = 0.5  # of the error that may be left where a multiplication is inserted
-# Bytes of sampled activations held at a time, where no limit is given.
-_SAMPLE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -96,15 +93,7 @@ def smoothing_factors(activations: np.ndarray, weights: np.ndarray, alpha: float
     return np.where((weights > 0) & activations.any(), np.maximum(louder, _EPSILON), 1.0)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """What is known about an activation."""
-
-    range: ChannelRange
-    rows: RowSample | None
-
-
-class SmoothQuant(QuantPass):
+class SmoothQuant(RescalingPass):
     """SmoothQuant by folding.
 
     1. Activations of sites whose scheme has the graph quantize activations are smoothed; where no scheme of the model
@@ -119,92 +108,53 @@ class SmoothQuant(QuantPass):
     """
 
     name = "smoothquant"
-    stage = Stage.TRANSFORM
     after = ("rotate",)
     paper = "Xiao et al. 2022, arXiv:2211.10438"
-    needs_calibration = True
     Options = Options
+    done = "smoothed"
 
-    def call(self, model: ir.Model) -> QuantPassResult:
-        """Measure the float model, then rescale it."""
-        foldings = find_foldings(model, _sites(model), caches=self.options.caches)
-        chosen = [folding for folding in foldings if not self._problem(folding)]
-        calibration = self.context.calibration
-        if chosen and (calibration is None or not len(calibration.batches)):
-            raise CalibrationError("smoothquant needs calibration data; give --calibration PATH, or leave it out")
-        done: dict[Folding, SiteRecord] = {}
-        for group in self._groups(chosen):
-            measured = self._measure(model, group)
-            for folding in group:
-                done[folding] = self._smooth(folding, measured[folding])
-        records = tuple(done.get(folding) or self._skipped(folding) for folding in foldings)
-        logger.info("smoothquant: %d of %d activations rescaled", len(done), len(foldings))
-        return QuantPassResult(model, any(record.action == "scaled" for record in records), records)
+    def choose(self, sites: list[Site]) -> list[Site]:
+        """Where there are some whose activations the graph quantizes, only these.
 
-    def _problem(self, folding: Folding) -> str:
-        """Why the folding is left alone; empty if it is not."""
-        nested = next((site.nested for site in folding.sites if site.nested), "")
-        if nested:
-            return f"inside the body of {nested}, whose activations are not measured"
-        return folding.stuck or ("" if folding.legal or self.options.insert != "never" else folding.reason)
+        Convolutions are left to `smooth_conv`: what they read are codes already, of the convolution before.
+        """
+        return [site for site in sites if explicit_activations(site) is not None] or sites
 
-    def _skipped(self, folding: Folding) -> SiteRecord:
-        return SiteRecord(folding.sites[0].name, "skipped", reason=f"not smoothed: {self._problem(folding)}")
+    @property
+    def inserts(self) -> bool:
+        """See `RescalingPass`."""
+        return bool(self.options.insert != "never")
 
-    def _groups(self, foldings: Sequence[Folding]) -> Iterator[list[Folding]]:
-        """Foldings whose samples fit in memory together."""
-        limit = self.context.config.max_memory
-        room = limit // 4 if limit else _SAMPLE_BYTES
-        group: list[Folding] = []
-        used = 0
-        for folding in foldings:
-            needed = 2 * 4 * self.options.rows * folding.channels if self._tries(folding) else 0
-            if group and used + needed > room:
-                yield group
-                group, used = [], 0
-            group.append(folding)
-            used += needed
-        if group:
-            yield group
+    def held_bytes(self, folding: Folding) -> int:
+        """The sampled rows."""
+        return 2 * 4 * self.options.rows * folding.channels if self._tries(folding) else 0
+
+    def start(self, folding: Folding) -> tuple[Sequence[Collector], Callable[[], SiteRecord]]:
+        """See `RescalingPass`."""
+        axis = input_feature_axis(folding.sites[0])
+        rows = RowSample(self.options.rows, axis) if self._tries(folding) else None
+        known = ChannelRange(axis)
+        return [known] if rows is None else [known, rows], lambda: self._smooth(folding, known, rows)
 
     def _tries(self, folding: Folding) -> bool:
         """Whether products are compared on sampled rows."""
         return self.options.search or self.options.check or (not folding.legal and self.options.insert == "worth")
 
-    def _measure(self, model: ir.Model, foldings: Sequence[Folding]) -> dict[Folding, _Measured]:
-        """Run the model, which computes the same however many of its activations are rescaled already."""
-        found = {}
-        collectors: dict[ir.Value, Sequence[Collector]] = {}
-        for folding in foldings:
-            axis = input_feature_axis(folding.sites[0])
-            rows = RowSample(self.options.rows, axis) if self._tries(folding) else None
-            known = found[folding] = _Measured(ChannelRange(axis), rows)
-            collectors[folding.value] = [known.range] if known.rows is None else [known.range, known.rows]
-        observe(
-            model,
-            collectors,
-            self.context.calibration.batches,
-            provider=self.context.config.provider,
-            threads=self.context.threads,
-            tick=lambda done, total: self.context.tick(self.name, done, total),
-        )
-        return found
-
-    def _smooth(self, folding: Folding, measured: _Measured) -> SiteRecord:
+    def _smooth(self, folding: Folding, known: ChannelRange, rows: RowSample | None) -> SiteRecord:
         first, *others = folding.sites
         weights = [read_weight(site) for site in folding.sites]
-        loudest, largest = measured.range.absmax, np.max([np.abs(weight).max(0) for weight in weights], axis=0)
+        loudest, largest = known.absmax, np.max([np.abs(weight).max(0) for weight in weights], axis=0)
         if not np.isfinite(loudest).all() or not np.isfinite(largest).all():
             raise NumericsError(
                 f"what '{first.name}' reads, or its weight, holds values that are NaN or infinite; mend the model or "
                 f"the calibration data, or leave the site float with --ignore '{first.name}'"
             )
         remarks = [f"smoothed with {', '.join(site.name for site in others)}"] if others else []
-        if measured.rows is None:
+        if rows is None:
             alpha, metrics = self.options.alpha, dict[str, float]()
             s = folding.tie(smoothing_factors(loudest, largest, alpha))
         else:
-            alpha, s, metrics = self._searched(folding, weights, measured, largest)
+            alpha, s, metrics = self._searched(folding, weights, known, rows.values, largest)
         if alpha is None:
             remarks.append("no alpha lessens the error" if folding.legal else f"not smoothed: {folding.reason}")
         else:
@@ -217,11 +167,15 @@ class SmoothQuant(QuantPass):
         return SiteRecord(first.name, "skipped" if alpha is None else "scaled", "", "; ".join(remarks), metrics)
 
     def _searched(
-        self, folding: Folding, weights: Sequence[np.ndarray], measured: _Measured, largest: np.ndarray
+        self,
+        folding: Folding,
+        weights: Sequence[np.ndarray],
+        known: ChannelRange,
+        rows: np.ndarray,
+        largest: np.ndarray,
     ) -> tuple[float | None, np.ndarray, dict[str, float]]:
         """The alpha of the least error, None where that is no smoothing; its factors; relative errors of both."""
-        assert measured.rows is not None
-        trial = _Trial(measured.rows.values, measured.range)
+        trial = _Trial(rows, known)
         for site, weight in zip(folding.sites, weights, strict=True):
             scheme = site_scheme(site)
             if scheme is not None:
@@ -230,24 +184,11 @@ class SmoothQuant(QuantPass):
         plain = least = trial.error(factors, self.context.threads)
         bar = _WORTH * plain if not folding.legal and self.options.insert == "worth" else plain
         for alpha in [step / _STEPS for step in range(_STEPS + 1)] if self.options.search else [self.options.alpha]:
-            tried = folding.tie(smoothing_factors(measured.range.absmax, largest, alpha))
+            tried = folding.tie(smoothing_factors(known.absmax, largest, alpha))
             error = trial.error(tried, self.context.threads)
             if error < min(least, bar):
                 best, factors, least = alpha, tried, error
         return best, factors, {"relative_error_before": plain, "relative_error": least}
-
-
-def _sites(model: ir.Model) -> list[Site]:
-    """The sites that have a scheme; where there are some whose activations the graph quantizes, only these.
-
-    Convolutions are left to `smooth_conv`: what they read are codes already, of the convolution before.
-    """
-    sites = [
-        site
-        for site in find_sites(model)[0]
-        if site_scheme(site) is not None and site.quantized is None and site.node.op_type != "Conv"
-    ]
-    return [site for site in sites if explicit_activations(site) is not None] or sites
 
 
 class _Trial:

@@ -26,9 +26,11 @@ __all__ = [
     "constant_array",
     "constant_scalar",
     "input_feature_axis",
+    "original_weight",
     "read_weight",
     "unique_name",
     "walk",
+    "weight_error",
     "write_weight",
 ]
 
@@ -133,6 +135,25 @@ def read_weight(site: Site) -> np.ndarray:
         return site.quantized.dequantized()
     stored = from_stored(constant_array(site.weight), site.layout)
     return np.ascontiguousarray(stored, dtype=np.float32)
+
+
+def original_weight(site: Site) -> np.ndarray:
+    """The float32 ``[N, K]`` that a quantized site's weight was before; only where ``meta["original"]`` is kept."""
+    assert site.quantized is not None
+    original = np.asarray(site.quantized.meta["original"].numpy())
+    return np.ascontiguousarray(from_stored(original, site.layout), np.float32)
+
+
+def weight_error(site: Site) -> np.ndarray:
+    """What is lost of a quantized site's weight: W - Q, less what factors beside its node give back; ``[N, K]``.
+
+    Low-rank factors (B, A) of a site lie in its weight's ``meta["factors"]``, by node: sites that share a weight do not
+    share its error.
+    """
+    assert site.quantized is not None
+    error = original_weight(site) - read_weight(site)
+    factors = site.quantized.meta.get("factors", {}).get(site.node)
+    return np.asarray(error if factors is None else error - factors[0] @ factors[1])
 
 
 def write_weight(site: Site, codes: np.ndarray, grid: Any, spec: WeightSpec, pass_name: str) -> QuantizedTensor:

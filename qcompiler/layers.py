@@ -6,7 +6,7 @@ import onnx_ir as ir
 from qcompiler.graph import constant_array
 from qcompiler.lowering import add_constant
 
-__all__ = ["channel_view", "clip_bounds", "is_constant", "label", "output_channels", "store_constant"]
+__all__ = ["channel_view", "clip_bounds", "constant_add", "is_constant", "label", "output_channels", "store_constant"]
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 
@@ -19,6 +19,17 @@ def label(node: ir.Node) -> str:
 def is_constant(value: ir.Value | None) -> bool:
     """Whether an input is an initializer."""
     return value is not None and value.const_value is not None and value.is_initializer()
+
+
+def constant_add(node: ir.Node) -> tuple[ir.Node, int] | None:
+    """The Add of a constant that is the only reader of a node's result, and the number of its constant input."""
+    result = node.outputs[0]
+    uses = result.uses()
+    if len(uses) != 1 or result.is_graph_output():
+        return None
+    reader, index = next(iter(uses))
+    other = reader.inputs[1 - index] if reader.op_type == "Add" and reader.domain == "" else None
+    return (reader, 1 - index) if is_constant(other) and reader.graph is node.graph else None
 
 
 def output_channels(node: ir.Node) -> int:

@@ -63,11 +63,15 @@ def make_node(
     origin: ir.Node,
     pass_name: str,
     domain: str = "",
+    suffix: str = "",
 ) -> ir.Node:
-    """A node with one output that stands for (a part of) `origin`, carries its metadata and says which pass made it."""
+    """A node with one output that stands for (a part of) `origin`, carries its metadata and says which pass made it.
+
+    Its name is that of `origin` with `suffix`, or the operator, behind it.
+    """
     metadata = {key: text for key, text in origin.metadata_props.items() if key not in (SCHEME_KEY, SITE_KEY)}
     metadata[PASS_KEY] = pass_name
-    name = unique_name(graph, f"{origin.name or origin.op_type}_{op_type}")
+    name = unique_name(graph, f"{origin.name or origin.op_type}_{suffix or op_type}")
     present = list(inputs)
     while present and present[-1] is None:
         present.pop()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from qcompiler import passes
 from qcompiler.config import CompileConfig
 from qcompiler.errors import SchemeError
-from qcompiler.passes.base import PassContext, QuantPass, Stage, quantizes_activations
+from qcompiler.passes.base import WEIGHTS, PassContext, QuantPass, Stage, quantizes_activations
 
 __all__ = ["build", "default_algorithms", "parse", "pass_names"]
 
@@ -48,6 +48,7 @@ def order(steps: Sequence[Step]) -> list[Step]:
     placed: list[Step] = []
     while ranked:
         waiting = {name for name, _ in ranked}
+        waiting |= {WEIGHTS for name in waiting if passes.load(name).chooses_weights}
         # The first whose predecessors are placed; a circle of "after" is a bug of the passes, not of the user.
         ready = next(step for step in ranked if not waiting & set(passes.load(step[0]).after))
         placed.append(ready)

@@ -37,7 +37,8 @@ class PlannedSite:
         reason: Why it stays float.
         kernel: The operator that will run it.
         float_bytes: Bytes of the weight now.
-        stored_bytes: Bytes of the weight afterwards; 0 for a use of a weight that is counted already.
+        stored_bytes: Bytes of the weight afterwards, 0 for a use of a weight that is counted already, and of what
+            passes put beside it.
     """
 
     name: str
@@ -112,7 +113,7 @@ def _kernel(site: Site, config: CompileConfig) -> str:
     return "GatherBlockQuantized" if site.role == "embedding" else "MatMulNBits"
 
 
-def _planned(site: Site, config: CompileConfig, reason: str, seen: set[int]) -> PlannedSite:
+def _planned(site: Site, config: CompileConfig, reason: str, seen: set[int], added: int = 0) -> PlannedSite:
     tensor = site.weight.const_value
     assert tensor is not None
     text = site.node.metadata_props.get(SCHEME_KEY, "")
@@ -121,7 +122,8 @@ def _planned(site: Site, config: CompileConfig, reason: str, seen: set[int]) -> 
     seen.add(id(site.weight))
     return PlannedSite(
         site.name, site.names, site.role, site.node.op_type, site.rows, site.columns, text, "" if text else reason,
-        _kernel(site, config) if text else site.node.op_type, int(tensor.nbytes) if first else 0, after if first else 0,
+        _kernel(site, config) if text else site.node.op_type, int(tensor.nbytes) if first else 0,
+        (after if first else 0) + added,
     )  # fmt: skip
 
 
@@ -155,7 +157,8 @@ def plan_model(source: str | Path, config: CompileConfig, *, pipeline_text: str 
             reasons.update({r.site: r.reason for r in getattr(result, "records", ()) if r.action == "skipped"})
     seen: set[int] = set()
     found, refusals = find_sites(model)
-    sites = tuple(_planned(s, config, reasons.get(s.name, ""), seen) for s in found)
+    added = {s: sum(step.added_bytes(s) for step in full) if SCHEME_KEY in s.node.metadata_props else 0 for s in found}
+    sites = tuple(_planned(s, config, reasons.get(s.name, ""), seen, added[s]) for s in found)
     codes = sum(site.stored_bytes for site in sites if site.scheme)
     largest = max((site.rows * site.columns for site in sites if site.scheme), default=0)
     widest = max((site.columns for site in sites if site.scheme and site.role == "linear"), default=0)
@@ -163,7 +166,7 @@ def plan_model(source: str | Path, config: CompileConfig, *, pipeline_text: str 
     if any(step.needs_calibration for step in full):
         rows = config.samples or 128
         memory += 40 * widest * widest + rows * 512 * widest * 4 * 2
-    text, after = ",".join(str(step) for step in full), _bytes_after(model, found, config)
+    text, after = ",".join(str(step) for step in full), _bytes_after(model, found, config) + sum(added.values())
     left = [site for site, planned in zip(found, sites, strict=True) if not planned.scheme]
     return Plan(sites, _counted(refusals, left), text, before, after, memory)
 

@@ -4,6 +4,7 @@ Because `numpy()` is the dequantized weight in the orientation and dtype that th
 is an ordinary float model: it serializes, runs anywhere, and needs no new opset. Only lowering passes look inside.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from qcompiler.numerics.affine import Grid, WeightSpec, dequantize, storage_dtyp
 from qcompiler.numerics.formats import float8_values
 from qcompiler.numerics.packing import pack_codes, unpack_codes
 
-__all__ = ["QuantizedTensor"]
+__all__ = ["Quantized", "QuantizedTensor"]
 
 
 class QuantizedTensor(ir.LazyTensor):
@@ -103,3 +104,43 @@ def from_stored(weight: np.ndarray, layout: str) -> np.ndarray:
     if layout in ("KN", "1KN"):
         return np.swapaxes(weight, -1, -2).reshape(weight.shape[:-3:-1])
     return np.reshape(weight, (len(weight), -1))
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a weight algorithm returns.
+
+    Attributes:
+        codes: uint8 ``[N, K]``.
+        grid: Scale and zero point ``[N, G]``.
+        remark: For the record's reason.
+        loss: Of each row, float64 ``[N]``, the error that the algorithm minimized; None if it minimized none.
+        energy: What `loss` would be if all codes meant zero, float64 ``[N]``.
+    """
+
+    codes: np.ndarray
+    grid: Grid
+    remark: str = ""
+    loss: np.ndarray | None = None
+    energy: np.ndarray | None = None
+
+    def metrics(self, rows: slice) -> dict[str, float]:
+        """Figures about some of the rows, for a record."""
+        if self.loss is None or self.energy is None:
+            return {}
+        loss, energy = float(self.loss[rows].sum()), float(self.energy[rows].sum())
+        return {"loss": loss, "relative_loss": loss / energy if energy else 0.0}
+
+    def arrays(self, spec: WeightSpec) -> dict[str, np.ndarray]:
+        """All of it as arrays, for a checkpoint."""
+        found = {"codes": pack_codes(self.codes, spec.bits), "scale": self.grid.scale, "zero": self.grid.zero_point}
+        found["remark"] = np.frombuffer(self.remark.encode(), np.uint8)
+        if self.loss is not None and self.energy is not None:
+            found.update(loss=self.loss, energy=self.energy)
+        return found
+
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray], spec: WeightSpec, columns: int) -> "Quantized":
+        """The reverse of `arrays`."""
+        codes, grid = unpack_codes(arrays["codes"], spec.bits, columns), Grid(arrays["scale"], arrays["zero"])
+        return cls(codes, grid, arrays["remark"].tobytes().decode(), arrays.get("loss"), arrays.get("energy"))

@@ -160,7 +160,7 @@ class _Way:
     def leave(self, segment: Segment) -> None:
         """Go on to the next level; the data follow when something is to be measured."""
         now = constants_of(segment.nodes)
-        floats = {value: self._floats[value] for value in now}
+        floats = {value: self._floats.get(value, tensor) for value, tensor in now.items()}  # nodes may be new
         weights = [now if self._how.sequential else floats, floats][: len(self._streams)]
         self._steps.append(_Step(segment, weights, self.waypoints.leave(segment, weights)))
 

@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 from qcompiler import passes
 from qcompiler.config import CompileConfig
-from qcompiler.graph import Site
+from qcompiler.graph import SCHEME_KEY, Site
 from qcompiler.legality import check_legal
 from qcompiler.passes.base import PassContext
 from qcompiler.scheme import Scheme, SchemePlan
@@ -85,6 +85,22 @@ def _layer(i):
         t{i} = Mul(gs{i}, u{i})
         [l{i}_down] d{i} = MatMul(t{i}, wd{i})
         h{i + 1} = Add(m{i}, d{i})"""
+
+
+def loud_model(scheme, loud=40.0, dtype="float32"):
+    """A normalization of x [B, S, 32] with three loud channels, and two linear layers with a scheme behind it."""
+    kind = {"float32": "float", "float16": "float16"}[dtype]
+    gamma = 1 + normal(32, 1, scale=0.1)
+    gamma[[3, 11, 30]] *= loud
+    text = f"""g ({kind}[B,S,32] x) => ({kind}[B,S,24] y, {kind}[B,S,9] z) {{
+        [norm] n = LayerNormalization(x, gamma, beta) [a] y = MatMul(n, wa) [b] z = MatMul(n, wb) }}"""
+    weights = {"gamma": gamma, "beta": 0.1 * gamma * normal(32, 2), "wa": normal((32, 24), 3), "wb": normal((32, 9), 4)}
+    return assigned(parse(text, {name: array.astype(dtype) for name, array in weights.items()}), scheme)
+
+
+def loud_batches(count=4, seed=0):
+    """Feeds for `loud_model`."""
+    return [{"x": normal((2, 9, 32), seed + i)} for i in range(count)]
 
 
 # Sites of `decoder` in the groups in which they can be quantized.
@@ -183,6 +199,20 @@ def with_outputs(model, names):
     return proto.SerializeToString()
 
 
+def values_of(model, name, batches):
+    """The rows of a value over all batches, float64 [T, K]; channels run along its last axis."""
+    found = [run(with_outputs(model, [name]), feeds, outputs=[name])[0] for feeds in batches]
+    return np.concatenate([array.reshape(-1, array.shape[-1]) for array in found]).astype(np.float64)
+
+
+def correlated(columns, seed=0, loud=5.0, tokens=300):
+    """The sum of x x^T, float64 [K, K], of tokens that vary in 12 directions above all, with a few loud channels."""
+    x = normal((tokens, 12), seed + 100, "float64") @ normal((12, columns), seed, "float64")
+    x += 0.3 * normal((tokens, columns), seed + 200, "float64")
+    x[:, ::11] *= loud
+    return x.T @ x
+
+
 def context(config=None, batches=None, threads=1, progress_to=None, **options):
     """A PassContext; `options` are fields of CompileConfig, `scheme` sets its plan's default."""
     if config is None:
@@ -191,6 +221,14 @@ def context(config=None, batches=None, threads=1, progress_to=None, **options):
         config = CompileConfig(**options)
     data = SimpleNamespace(batches=batches) if batches is not None else None
     return PassContext(config, threads, data, progress_to)
+
+
+def assigned(model, scheme, names=None):
+    """The model with a scheme on its linear and convolution sites, or those named, as `assign_scheme` writes it."""
+    for site in find_sites(model)[0]:
+        if site.role in ("linear", "conv") and (names is None or site.name in names):
+            site.node.metadata_props[SCHEME_KEY] = str(Scheme.parse(scheme).resolve("cpu"))
+    return model
 
 
 def apply(name, model, ctx=None, /, **options):

@@ -62,15 +62,16 @@ LAYERS: dict[str, tuple[str, str]] = {
     "passes": ("passes", "passes.base errors"),
     "passes.*": (
         "passes.*",
-        "passes.base lowering opset_rules float_types rotation foldings convolution layers placement absorbing ranges "
-        "sensitivity "
+        "passes.base rescaling lowering opset_rules float_types rotation foldings convolution layers placement "
+        "absorbing ranges sensitivity "
         "observing collectors blocks streaming waypoints checkpoints session scratch tuning torch_graph statistics "
         "segments graph targets config scheme records kernels.schemas numerics errors",
     ),
     "sensitivity": ("sensitivity", "verify segments calibration session errors"),
+    "rescaling": ("rescaling", "passes.base observing foldings graph records errors"),
     "passes.base": (
         "passes.base",
-        "streaming checkpoints segments statistics graph config scheme records numerics errors",
+        "observing streaming checkpoints session segments statistics graph config scheme records numerics errors",
     ),
     "blocks": ("blocks", "streaming waypoints segments calibration session scratch graph numerics errors"),
     "tuning": ("tuning tuning.*", "itself torch_graph checkpoints statistics graph scheme records numerics errors"),

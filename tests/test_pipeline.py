@@ -5,7 +5,7 @@ import pytest
 from qcompiler import passes, pipeline
 from qcompiler.config import CompileConfig
 from qcompiler.errors import SchemeError
-from qcompiler.passes.base import NoOptions, QuantPass, Stage
+from qcompiler.passes.base import WEIGHTS, NoOptions, QuantPass, Stage
 from qcompiler.scheme import Pattern, Scheme, SchemePlan
 from tests.builders import context
 
@@ -157,14 +157,17 @@ def test_passes_are_in_the_order_of_their_stages_and_after_what_they_follow():
     classes = [passes.load(name) for name in names]
     stages = [cls.stage for cls in classes]
     assert stages == sorted(stages)
+    weights = {cls.name for cls in classes if cls.chooses_weights}
+    assert {"rtn", "gptq", "learned_rounding", "low_rank"} < weights
     for place, cls in enumerate(classes):
-        assert all(names.index(other) < place for other in cls.after if other in names)
-        assert all(passes.load(other).stage <= cls.stage for other in cls.after)
+        follows = {*cls.after, *(weights if WEIGHTS in cls.after else ())} - {WEIGHTS}
+        assert all(names.index(other) < place for other in follows)
+        assert all(passes.load(other).stage <= cls.stage for other in follows)
 
 
 def test_after_is_heeded_whatever_the_order_of_the_names(monkeypatch):
-    def fake(name, stage, after=()):
-        return type(name, (QuantPass,), {"name": name, "stage": stage, "after": after})
+    def fake(name, stage, after=(), weights=False):
+        return type(name, (QuantPass,), {"name": name, "stage": stage, "after": after, "chooses_weights": weights})
 
     classes = {
         "a": fake("a", Stage.QUANTIZE, ("c",)),
@@ -172,12 +175,16 @@ def test_after_is_heeded_whatever_the_order_of_the_names(monkeypatch):
         "c": fake("c", Stage.QUANTIZE, ("b",)),
         "d": fake("d", Stage.PLAN),
         "e": fake("e", Stage.QUANTIZE, ("absent",)),
+        "f": fake("f", Stage.QUANTIZE, (WEIGHTS,)),
+        "g": fake("g", Stage.QUANTIZE, weights=True),
+        "h": fake("h", Stage.QUANTIZE, ("g",), weights=True),
     }
     monkeypatch.setattr(passes, "load", classes.__getitem__)
-    for names in ("abcde", "edcba", "cabed"):
+    for names in ("abcdefgh", "hgfedcba", "fcahbged"):
         placed = "".join(name for name, _ in pipeline.order([(name, {}) for name in names]))
         assert placed[0] == "d"
         assert placed.index("b") < placed.index("c") < placed.index("a")
+        assert placed.index("g") < placed.index("h") < placed.index("f")
     assert [name for name, _ in pipeline.order([("e", {}), ("b", {})])] == ["e", "b"]
 
 

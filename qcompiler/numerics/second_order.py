@@ -171,7 +171,7 @@ def sweep_groups(
 
 
 def row_losses(error: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    """The diagonal of ``E H E^T``, float64 ``[N]``, of E float32 ``[N, K]`` and H float32 ``[K, K]``."""
+    """The diagonal of ``E H E^T``, float64 ``[N]``, of E ``[N, K]`` and H ``[K, K]``, multiplied in their own dtype."""
     return np.asarray(np.einsum("nk,nk->n", error @ hessian, error, dtype=np.float64))
 
 

@@ -6,11 +6,10 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.checkpoints import Arrays
-from qcompiler.graph import Site, write_weight
+from qcompiler.graph import Site, original_weight, write_weight
 from qcompiler.numerics.affine import Grid
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.numerics.packing import pack_codes, unpack_codes
-from qcompiler.quantized import from_stored
 from qcompiler.tuning.learned_weight import Start
 from qcompiler.tuning.rounding import Outcome
 
@@ -44,7 +43,7 @@ def start_of(site: Site) -> Start:
     scale = tensor.scale.astype(np.float32)
     zero = np.full_like(scale, tensor.spec.format.mid) if tensor.zero_point is None else tensor.zero_point
     grid = Grid(scale, zero.astype(np.float32))
-    return Start(site.weight.name or "", _original(site), tensor.codes(), grid, tensor.spec, site.layout)
+    return Start(site.weight.name or "", original_weight(site), tensor.codes(), grid, tensor.spec, site.layout)
 
 
 def outcome_arrays(outcome: Outcome, sites: Sequence[Site]) -> Arrays:
@@ -76,14 +75,7 @@ def put_back(site: Site, codes: np.ndarray, grid: Grid, pass_name: str) -> dict[
     tensor = write_weight(site, codes, grid, old.spec, pass_name)
     tensor.meta["original"] = old.meta["original"]
     return {
-        "sqnr_db": sqnr_db(_original(site), tensor.dequantized()),
+        "sqnr_db": sqnr_db(original_weight(site), tensor.dequantized()),
         "bits_per_weight": old.spec.stored_bits(site.columns),
         "changed_codes": changed,
     }
-
-
-def _original(site: Site) -> np.ndarray:
-    """The float weight float32 ``[N, K]``."""
-    assert site.quantized is not None
-    original = np.asarray(site.quantized.meta["original"].numpy())
-    return np.ascontiguousarray(from_stored(original, site.layout), np.float32)

@@ -7,7 +7,7 @@ from qcompiler.errors import NumericsError
 from qcompiler.numerics.affine import WeightSpec, clip_grid, dequantize, min_max_grid, quantize
 from qcompiler.numerics.greedy import greedy_sweep
 from qcompiler.numerics.second_order import damped, sweep, upper_factor
-from tests.builders import normal
+from tests.builders import correlated, normal
 
 K, N = 40, 7
 SPECS = pytest.mark.parametrize(
@@ -20,11 +20,7 @@ GRIDS = pytest.mark.parametrize("make_grid", [min_max_grid, clip_grid])
 
 
 def hessian(seed, loud=5.0):
-    """Of correlated activations with a few loud channels, float64, damped."""
-    x = normal((300, 12), seed + 100, "float64") @ normal((12, K), seed, "float64")
-    x += 0.3 * normal((300, K), seed + 200, "float64")
-    x[:, ::11] *= loud
-    return damped(x.T @ x, 0.05)
+    return damped(correlated(K, seed, loud), 0.05)
 
 
 def real_losses(weight, codes, H, grid, spec):

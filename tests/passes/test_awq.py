@@ -9,13 +9,15 @@ from qcompiler.graph import SCHEME_KEY, read_weight
 from qcompiler.numerics.affine import WeightSpec, dequantize, min_max_grid, quantize
 from qcompiler.passes import load
 from qcompiler.passes.awq import awq_factors, relative_magnitudes, scaled_loss
-from qcompiler.scheme import Scheme
 from qcompiler.sites import find_sites
 from tests.builders import (
     Ticks,
     apply,
+    assigned,
     context,
     decoder,
+    loud_batches,
+    loud_model,
     normal,
     only,
     parse,
@@ -24,43 +26,15 @@ from tests.builders import (
     serialized,
     site_named,
     token_batches,
-    with_outputs,
+    values_of,
 )
 
 K, N = 32, 24
 W4, SPEC = "w4a16-g16-asym", WeightSpec(4, 16, False)
 
 
-def assigned(model, scheme=W4, names=None):
-    """Write a scheme on linear sites, as `assign_scheme` does."""
-    for site in find_sites(model)[0]:
-        if site.role == "linear" and (names is None or site.name in names):
-            site.node.metadata_props[SCHEME_KEY] = str(Scheme.parse(scheme).resolve("cpu"))
-    return model
-
-
-def loud_model(scheme=W4, loud=20.0, dtype="float32"):
-    """A normalization with three loud channels, and two linear layers behind it."""
-    kind = {"float32": "float", "float16": "float16"}[dtype]
-    gamma = 1 + normal(K, 1, scale=0.1)
-    gamma[[3, 11, 30]] *= loud
-    text = f"""g ({kind}[B,S,{K}] x) => ({kind}[B,S,{N}] y, {kind}[B,S,9] z) {{
-        [norm] n = LayerNormalization(x, gamma, beta) [a] y = MatMul(n, wa) [b] z = MatMul(n, wb) }}"""
-    weights = {"gamma": gamma, "beta": 0.1 * gamma * normal(K, 2), "wa": normal((K, N), 3), "wb": normal((K, 9), 4)}
-    return assigned(parse(text, {name: array.astype(dtype) for name, array in weights.items()}), scheme)
-
-
-def batches(count=4, seed=0):
-    return [{"x": normal((2, 9, K), seed + i)} for i in range(count)]
-
-
 def awq(model, data=None, ctx=None, **options):
-    return apply("awq", model, ctx or context(batches=data or batches()), **options)
-
-
-def values_of(model, name, data):
-    found = [run(with_outputs(model, [name]), feeds, outputs=[name])[0] for feeds in data]
-    return np.concatenate([array.reshape(-1, array.shape[-1]) for array in found]).astype(np.float64)
+    return apply("awq", model, ctx or context(batches=data or loud_batches()), **options)
 
 
 def rounded(weight, spec):
@@ -119,8 +93,8 @@ def test_the_loss_is_the_error_of_the_products(clip, spec, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"duo": True}], ids=str)
 def test_the_search_finds_the_exponent_of_the_least_error(options):
     """The same search by brute force: factors folded in by hand, the error measured on products."""
-    data = batches()
-    model = loud_model()
+    data = loud_batches()
+    model = loud_model(W4)
     x = values_of(model, "n", data)
     weights = [read_weight(site) for site in find_sites(model)[0]]
     means = np.abs(x).mean(0)
@@ -147,9 +121,9 @@ def test_the_search_finds_the_exponent_of_the_least_error(options):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_it_lessens_the_error_on_data_that_was_not_measured_and_leaves_the_float_model(dtype):
-    """With channels twenty times as loud as the rest, to less than a half."""
-    data, held_out = ([{"x": feeds["x"].astype(dtype)} for feeds in batches(2, seed)] for seed in (0, 99))
-    plain, model = loud_model(dtype=dtype), loud_model(dtype=dtype)
+    """With channels forty times as loud as the rest, to less than a half."""
+    data, held_out = ([{"x": feeds["x"].astype(dtype)} for feeds in loud_batches(2, seed)] for seed in (0, 99))
+    plain, model = loud_model(W4, dtype=dtype), loud_model(W4, dtype=dtype)
     awq(model, data)
     if dtype == "float32":
         assert output_error(model, held_out) < 0.5 * output_error(plain, held_out)
@@ -159,8 +133,8 @@ def test_it_lessens_the_error_on_data_that_was_not_measured_and_leaves_the_float
 
 
 def test_a_decoder_is_scaled_where_that_is_legal():
-    model, data = assigned(decoder()), token_batches(6)
-    expected, before = run(decoder(), data[0])[0], output_error(assigned(decoder()), data)
+    model, data = assigned(decoder(), W4), token_batches(6)
+    expected, before = run(decoder(), data[0])[0], output_error(assigned(decoder(), W4), data)
     result = awq(model, data)
     sites = [f"l{i}_{name}" for i in (0, 1) for name in ("q", "o", "gate", "down")]
     assert [record.site for record in result.records] == sites
@@ -174,7 +148,7 @@ def test_a_decoder_is_scaled_where_that_is_legal():
 
 def test_padding_is_not_measured():
     data = token_batches(3)
-    model, trimmed = assigned(decoder()), assigned(decoder())
+    model, trimmed = assigned(decoder(), W4), assigned(decoder(), W4)
     awq(model, data)
     loud = [dict(feeds) for feeds in data]
     for feeds in loud:
@@ -186,14 +160,14 @@ def test_padding_is_not_measured():
 def test_readers_without_a_scheme_are_rescaled_but_do_not_count():
     found = []
     for names in (("a",), ("a", "b")):
-        model = loud_model()
+        model = loud_model(W4)
         for site in find_sites(model)[0]:
             if site.name not in names:
                 del site.node.metadata_props[SCHEME_KEY]
-        expected = run(model, batches()[0])
+        expected = run(model, loud_batches()[0])
         (record,) = awq(model).records
         found.append(record.metrics["relative_error_before"])
-        for got, wanted in zip(run(model, batches()[0]), expected, strict=True):
+        for got, wanted in zip(run(model, loud_batches()[0]), expected, strict=True):
             assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
     assert found[0] != found[1]
 
@@ -210,7 +184,7 @@ def test_what_it_cannot_better_is_left_alone():
     weight = np.random.default_rng(1).integers(-8, 8, (N, K)).astype(np.float32)
     weight[:, ::16], weight[:, 1::16] = -8, 7
     text = f"g (float[B,{K}] x) => (float[B,{N}] y) {{ h = Mul(x, gamma) [a] y = MatMul(h, w) }}"
-    model = assigned(parse(text, {"gamma": np.ones(K, np.float32), "w": np.ascontiguousarray(weight.T)}))
+    model = assigned(parse(text, {"gamma": np.ones(K, np.float32), "w": np.ascontiguousarray(weight.T)}), W4)
     before = serialized(model)
     result = awq(model, [{"x": normal((40, K), 5)}])
     (record,) = result.records
@@ -222,7 +196,7 @@ def test_what_it_cannot_better_is_left_alone():
 
 def test_data_that_are_all_zero_change_nothing():
     text = f"g (float[B,{K}] x) => (float[B,{N}] y) {{ h = Mul(x, gamma) [a] y = MatMul(h, w) }}"
-    model = assigned(parse(text, {"gamma": np.ones(K, np.float32), "w": normal((K, N), 1)}))
+    model = assigned(parse(text, {"gamma": np.ones(K, np.float32), "w": normal((K, N), 1)}), W4)
     result = awq(model, [{"x": np.zeros((4, K), np.float32)}])
     assert (result.modified, result.records[0].metrics["relative_error_before"]) == (False, 0.0)
 
@@ -230,7 +204,7 @@ def test_data_that_are_all_zero_change_nothing():
 def test_what_cannot_be_folded_is_skipped_with_the_reason():
     text = f"""g (float[B,S,{K}] x) => (float[B,S,{N}] y, float[B,S,{K}] r) {{
         [norm] n = LayerNormalization(x, gamma) [a] y = MatMul(n, w) [add] r = Add(n, x) }}"""
-    model = assigned(parse(text, {"gamma": np.ones(K, np.float32), "w": normal((K, N), 2)}))
+    model = assigned(parse(text, {"gamma": np.ones(K, np.float32), "w": normal((K, N), 2)}), W4)
     before = serialized(model)
     result = apply("awq", model, context())  # nothing to measure, so no data are wanted
     (record,) = result.records
@@ -246,7 +220,7 @@ def test_a_site_inside_a_body_is_skipped():
         [if] y = If (c) <then_branch = then () => (float[B,{N}] t) {{ [inner] t = MatMul(n, w) }},
                          else_branch = other () => (float[B,{N}] e) {{ e = MatMul(n, v) }}> }}"""
     weights = {"gamma": np.ones(K, np.float32), "w": normal((K, N), 1), "v": normal((K, N), 2)}
-    (record,) = awq(assigned(parse(text, weights))).records
+    (record,) = awq(assigned(parse(text, weights), W4)).records
     assert record.action == "skipped"
     assert "inside the body of if" in record.reason
 
@@ -260,21 +234,21 @@ def test_what_has_no_scheme_or_is_quantized_is_left_alone():
 
 def test_what_is_scaled_shares_factors_as_smoothing_does():
     """The foldings are those of `foldings`, with their ties: whatever can be folded has been."""
-    model = assigned(decoder())
+    model = assigned(decoder(), W4)
     foldings = [folding.sites[0].name for folding in find_foldings(model, find_sites(model)[0]) if folding.legal]
-    records = awq(assigned(decoder()), token_batches(3)).records
+    records = awq(assigned(decoder(), W4), token_batches(3)).records
     assert {record.site for record in records} <= set(foldings)
 
 
 def test_data_are_wanted_where_something_is_to_be_measured():
     with pytest.raises(CalibrationError, match="awq needs calibration data"):
-        apply("awq", loud_model(), context())
+        apply("awq", loud_model(W4), context())
 
 
 def test_the_result_does_not_depend_on_threads():
     found = []
     for threads in (1, 3):
-        model = assigned(decoder())
+        model = assigned(decoder(), W4)
         awq(model, ctx=context(batches=token_batches(4), threads=threads))
         found.append(serialized(model))
     assert found[0] == found[1]
@@ -285,21 +259,21 @@ def test_hessians_that_do_not_fit_in_memory_are_taken_in_turns():
     for limit in (None, 1):
         ticks = Ticks()
         ctx = context(batches=token_batches(4), max_memory=limit, progress_to=ticks)
-        records = awq(assigned(decoder()), ctx=ctx).records
+        records = awq(assigned(decoder(), W4), ctx=ctx).records
         found.append([record.metrics.get("ratio") for record in records])
         assert len(ticks.seen) == (4 if limit is None else 32)
     assert found[0] == found[1]
 
 
 def test_numbers_that_are_not_finite_are_named():
-    data = batches()
+    data = loud_batches()
     data[1]["x"][0, 0, 0] = np.nan
     with pytest.raises(NumericsError, match="the activation that 'a' reads holds NaN"):
-        awq(loud_model(), data)
+        awq(loud_model(W4), data)
     weight = normal((K, N), 1)
     weight[3, 4] = np.inf
     text = f"g (float[B,{K}] x) => (float[B,{N}] y) {{ n = LayerNormalization(x, gamma) [a] y = MatMul(n, w) }}"
-    model = assigned(parse(text, {"gamma": np.ones(K, np.float32), "w": weight}))
+    model = assigned(parse(text, {"gamma": np.ones(K, np.float32), "w": weight}), W4)
     with pytest.raises(NumericsError, match=r"as 'a' does, holds values that are NaN or infinite; .* --ignore 'a'"):
         awq(model)
 

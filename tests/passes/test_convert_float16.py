@@ -124,6 +124,17 @@ def test_a_constant_that_both_read_is_there_twice():
     }  # fmt: skip
 
 
+def test_a_type_that_values_share_changes_for_one_of_them():
+    """A pass that inserts a node gives its result the type of what it reads, the very object."""
+    model = parse("g (float[2,8] x) => (float[2,8] y) { h = Mul(x, w) r = Relu(x) y = Add(h, r) }", {"w": normal(8, 1)})
+    for node in list(model.graph)[:2]:
+        node.outputs[0].type = model.graph.inputs[0].type
+    convert(model)
+    assert dtypes(model) == {"x": "FLOAT", "y": "FLOAT"}
+    assert text_of(model)[:3] == ["x_half = Cast(x)", "h = Mul(x_half, w_half)", "r = Relu(x_half)"]
+    run(model, X)
+
+
 def test_bodies_of_control_flow():
     text = """g (bool p, float[2,8] x) => (float[2,8] y) {
         a = Relu(x)

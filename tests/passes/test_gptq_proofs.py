@@ -12,7 +12,7 @@ import pytest
 
 from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, dequantize, min_max_grid, quantize
 from qcompiler.numerics.second_order import damped, descend, refit_scales, sweep, upper_factor
-from tests.builders import normal
+from tests.builders import correlated, normal
 
 K, N = 48, 10
 SPECS = [WeightSpec(4, 16, False), WeightSpec(2, 16, True), WeightSpec(8, 64, False), WeightSpec(4, 7, True, False)]
@@ -21,11 +21,7 @@ SEEDS = range(4)
 
 
 def hessian(seed, columns=K):
-    """Of correlated activations with a few loud channels, float64, damped."""
-    mixing = normal((12, columns), seed, "float64")
-    x = normal((300, 12), seed + 100, "float64") @ mixing + 0.3 * normal((300, columns), seed + 200, "float64")
-    x[:, ::11] *= 5
-    return damped(x.T @ x, 0.01)
+    return damped(correlated(columns, seed), 0.01)
 
 
 def problem(spec, seed):

@@ -5,13 +5,10 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.errors import CalibrationError, NumericsError, SchemeError
-from qcompiler.graph import SCHEME_KEY
 from qcompiler.numerics.activation import ActivationSpec, activation_grid, fake_quantize
 from qcompiler.passes import load
 from qcompiler.passes.smooth_conv import bounded_factors
-from qcompiler.scheme import Scheme
-from qcompiler.sites import find_sites
-from tests.builders import Ticks, apply, context, normal, only, parse, run, serialized, text_of, with_outputs
+from tests.builders import Ticks, apply, assigned, context, normal, only, parse, run, serialized, text_of, with_outputs
 
 C = 8
 STATIC = "w8a8-static"
@@ -37,14 +34,6 @@ FIRST = "[first] c0 = Conv <pads = [1, 1, 1, 1]> (x, w, b)"
 SECOND = "[second] y = Conv (d, v, c)"
 DEPTHWISE = f"[second] y = Conv <group = {C}, pads = [1, 1, 1, 1]> (d, k)"
 GROUPS = "[second] y = Conv <group = 4> (d, l)"
-
-
-def assigned(model, scheme=STATIC, names=None):
-    """Write a scheme on the sites, as `assign_scheme` does."""
-    for site in find_sites(model)[0]:
-        if names is None or site.name in names:
-            site.node.metadata_props[SCHEME_KEY] = str(Scheme.parse(scheme).resolve("cpu"))
-    return model
 
 
 def model_of(between, second=SECOND, weights=WEIGHTS, outputs="float y", scheme=STATIC, kind="float"):
@@ -193,7 +182,7 @@ def test_a_computed_bias_and_a_body_are_refused():
         [first] e = Conv <pads = [1, 1, 1, 1]> (x, w, z) d = Relu(e) {SECOND}
         t = If (p) <then_branch = yes () => (float s) {{ [inner] i = Conv (d, v) s = Conv (i, u) }},
             else_branch = no () => (float r) {{ r = Relu(d) }}> }}"""
-    model = assigned(parse(text, {**{name: WEIGHTS[name] for name in "wvc"}, "u": normal((5, 5, 1, 1), 8)}))
+    model = assigned(parse(text, {**{name: WEIGHTS[name] for name in "wvc"}, "u": normal((5, 5, 1, 1), 8)}), STATIC)
     result = apply("smooth_conv", model, context())
     assert not result.modified
     assert {record.site: record.reason for record in result.records} == {
@@ -211,7 +200,7 @@ def test_only_static_activations_are_smoothed(scheme):
 def test_a_second_layer_that_stays_float_is_no_pair():
     model = parse(f"g (float[B,3,9,9] x) => (float y) {{ {FIRST} d = Relu(c0) {SECOND} }}",
                   {name: WEIGHTS[name] for name in "wbvc"})  # fmt: skip
-    result = apply("smooth_conv", assigned(model, names=("first",)), context())
+    result = apply("smooth_conv", assigned(model, STATIC, names=("first",)), context())
     assert [record.reason for record in result.records] == ["not smoothed: its result is read by Conv"]
 
 
@@ -219,7 +208,7 @@ def test_weights_that_others_read_too_stay_for_them():
     weights = {"w": (normal((C, C, 3, 3), 1) * channels(1).reshape(-1, 1, 1, 1)).astype(np.float32), "b": WEIGHTS["b"]}
     text = f"""g (float[B,{C},9,9] x) => (float y, float z, float[{C},{C},3,3] w0) {{
         [first] e = Conv (x, w, b) d = Relu(e) [second] y = Conv (d, w, b) z = Conv (x, w, b) w0 = Identity(w) }}"""
-    model = assigned(parse(text, weights))
+    model = assigned(parse(text, weights), STATIC)
     data = [{"x": normal((2, C, 9, 9), 20)}]
     want = run(model, data[0])
     assert only(smoothed(model, data), "scaled") == ["first"]
@@ -232,7 +221,7 @@ def test_weights_that_others_read_too_stay_for_them():
 def test_a_chain_is_smoothed_link_by_link():
     text = f"""g (float[B,3,9,9] x) => (float y) {{ {FIRST} e = Clip(c0, zero, six)
         [deep] f = Conv <group = {C}, pads = [1, 1, 1, 1]> (e, k) d = Relu(f) {SECOND} }}"""
-    model = assigned(parse(text, {name: WEIGHTS[name] for name in ("w", "b", "k", "v", "c", "zero", "six")}))
+    model = assigned(parse(text, {name: WEIGHTS[name] for name in ("w", "b", "k", "v", "c", "zero", "six")}), STATIC)
     want = [run(model, feeds)[0] for feeds in batches()]
     assert only(smoothed(model), "scaled") == ["first", "deep"]
     for feeds, wanted in zip(batches(), want, strict=True):

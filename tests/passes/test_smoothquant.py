@@ -5,17 +5,19 @@ import pytest
 
 from qcompiler.errors import CalibrationError, NumericsError, SchemeError
 from qcompiler.foldings import find_foldings
-from qcompiler.graph import SCHEME_KEY, read_weight
+from qcompiler.graph import read_weight
 from qcompiler.numerics.activation import ActivationSpec, activation_grid, fake_quantize
 from qcompiler.passes import load
 from qcompiler.passes.smoothquant import smoothing_factors
-from qcompiler.scheme import Scheme
 from qcompiler.sites import find_sites
 from tests.builders import (
     Ticks,
     apply,
+    assigned,
     context,
     decoder,
+    loud_batches,
+    loud_model,
     normal,
     only,
     parse,
@@ -23,6 +25,7 @@ from tests.builders import (
     serialized,
     site_named,
     token_batches,
+    values_of,
     with_outputs,
 )
 
@@ -30,30 +33,8 @@ K, N = 32, 24
 TOKEN, STATIC = "w8a8-dynamic-token", "w8a8-static"
 
 
-def assigned(model, scheme=TOKEN, names=None):
-    """Write a scheme on linear sites, as `assign_scheme` does."""
-    for site in find_sites(model)[0]:
-        if site.role == "linear" and (names is None or site.name in names):
-            site.node.metadata_props[SCHEME_KEY] = str(Scheme.parse(scheme).resolve("cpu"))
-    return model
-
-
-def loud_model(scheme=TOKEN, loud=40.0):
-    """A normalization with three loud channels, and two linear layers behind it."""
-    gamma = 1 + normal(K, 1, scale=0.1)
-    gamma[[3, 11, 30]] *= loud
-    text = f"""g (float[B,S,{K}] x) => (float[B,S,{N}] y, float[B,S,9] z) {{
-        [norm] n = LayerNormalization(x, gamma, beta) [a] y = MatMul(n, wa) [b] z = MatMul(n, wb) }}"""
-    weights = {"gamma": gamma, "beta": 0.1 * gamma * normal(K, 2), "wa": normal((K, N), 3), "wb": normal((K, 9), 4)}
-    return assigned(parse(text, weights), scheme)
-
-
-def batches(count=4, seed=0):
-    return [{"x": normal((2, 9, K), seed + i)} for i in range(count)]
-
-
 def smoothed(model, data=None, ctx=None, check="false", **options):
-    return apply("smoothquant", model, ctx or context(batches=data or batches()), check=check, **options)
+    return apply("smoothquant", model, ctx or context(batches=data or loud_batches()), check=check, **options)
 
 
 def rounded_rows(x):
@@ -94,8 +75,8 @@ def test_a_channel_that_calibration_found_silent_counts_as_a_quiet_one():
 
 
 def test_factors_come_from_the_largest_magnitude_of_all_tokens_and_all_readers():
-    model, data = loud_model(), batches()
-    n = np.concatenate([run(with_outputs(model, ["n"]), feeds, outputs=["n"])[0].reshape(-1, K) for feeds in data])
+    model, data = loud_model(TOKEN), loud_batches()
+    n = values_of(model, "n", data)
     old = [read_weight(site) for site in find_sites(model)[0]]
     s = smoothing_factors(np.abs(n).max(0), np.abs(np.concatenate(old)).max(0), 0.7)
     result = smoothed(model, data, alpha=0.7)
@@ -109,7 +90,7 @@ def test_factors_come_from_the_largest_magnitude_of_all_tokens_and_all_readers()
 
 def test_padding_is_not_measured():
     data = token_batches(3)
-    model, trimmed = assigned(decoder()), assigned(decoder())
+    model, trimmed = assigned(decoder(), TOKEN), assigned(decoder(), TOKEN)
     smoothed(model, data)
     loud = [dict(feeds) for feeds in data]
     for feeds in loud:
@@ -123,7 +104,7 @@ def test_padding_is_not_measured():
 def test_smoothing_lessens_the_error_of_w8a8(scheme, rounding, search):
     """With channels forty times as loud as the rest, to less than a fifth on data that was not measured."""
     plain, model = loud_model(scheme), loud_model(scheme)
-    feeds = batches(1, seed=99)[0]
+    feeds = loud_batches(1, seed=99)[0]
     smoothed(model, search=search)
     assert w8a8_error(model, rounding, feeds) < 0.2 * w8a8_error(plain, rounding, feeds)
     for got, wanted in zip(run(model, feeds), run(plain, feeds), strict=True):
@@ -133,7 +114,7 @@ def test_smoothing_lessens_the_error_of_w8a8(scheme, rounding, search):
 @pytest.mark.parametrize(("scheme", "rounding"), [(TOKEN, rounded_rows), (STATIC, rounded_tensor)])
 def test_the_search_finds_the_alpha_of_the_least_error(scheme, rounding):
     """The same search by brute force: the pass once for each alpha, the error measured in the model."""
-    (data,) = [batches(1)]
+    (data,) = [loud_batches(1)]
     errors = {}
     for step in range(21):
         model = loud_model(scheme, loud=6.0)
@@ -154,7 +135,7 @@ def test_the_search_leaves_alone_what_it_cannot_better():
     codes = np.sign(normal((K, N), 3))
     codes[0] = 127
     text = f"""g (float[B,{K}] x) => (float[B,{N}] y) {{ h = Mul(x, gamma) [a] y = MatMul(h, w) }}"""
-    model = assigned(parse(text, {"gamma": gamma, "w": codes}))
+    model = assigned(parse(text, {"gamma": gamma, "w": codes}), TOKEN)
     before = serialized(model)
     x = np.sign(normal((20, K), 5))
     x[:, 0] = 127
@@ -167,7 +148,7 @@ def test_the_search_leaves_alone_what_it_cannot_better():
 
 
 def test_a_decoder_is_smoothed_where_that_is_legal():
-    model, data = assigned(decoder()), token_batches(3)
+    model, data = assigned(decoder(), TOKEN), token_batches(3)
     expected = run(decoder(), data[0])[0]
     result = smoothed(model, data)
     assert only(result, "scaled") == [f"l{i}_{name}" for i in (0, 1) for name in ("q", "o", "gate", "down")]
@@ -197,7 +178,7 @@ def residual_model(loud=1.0):
         [norm] n = LayerNormalization(x, gamma) [a] y = MatMul(n, w) [add] r = Add(n, x) }}"""
     gamma = 1 + normal(K, 1, scale=0.3)
     gamma[[3, 11, 30]] *= loud
-    return assigned(parse(text, {"gamma": gamma, "w": normal((K, N), 2)}))
+    return assigned(parse(text, {"gamma": gamma, "w": normal((K, N), 2)}), TOKEN)
 
 
 INSERTED = ["LayerNormalization", "Mul", "MatMul", "Add"]
@@ -216,7 +197,7 @@ def test_what_cannot_be_folded_is_skipped(options):
     assert not result.modified
     assert serialized(model) == before
     if options.get("insert") != "never":
-        error = w8a8_error(residual_model(), rounded_rows, batches()[0])
+        error = w8a8_error(residual_model(), rounded_rows, loud_batches()[0])
         assert record.metrics["relative_error_before"] == pytest.approx(error, rel=0.2)
         assert record.metrics["relative_error"] == record.metrics["relative_error_before"]
 
@@ -228,14 +209,14 @@ def test_a_node_is_inserted_where_it_always_may_be(loud):
     assert [node.op_type for node in model.graph] == INSERTED
     assert result.records[0].reason == "a Mul was inserted"
     assert result.modified
-    for got, wanted in zip(run(model, batches()[0]), run(residual_model(loud), batches()[0]), strict=True):
+    for got, wanted in zip(run(model, loud_batches()[0]), run(residual_model(loud), loud_batches()[0]), strict=True):
         assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("search", [False, True])
 def test_a_node_is_inserted_where_the_error_at_least_halves(search):
     """The error is measured anew in each model, on the rows that the pass has seen."""
-    (data,) = [batches(1)]
+    (data,) = [loud_batches(1)]
     inserted = []
     for loud in (1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 40.0):
         best = plain = w8a8_error(residual_model(loud), rounded_rows, data[0])
@@ -257,7 +238,7 @@ def test_a_node_is_inserted_where_the_error_at_least_halves(search):
 def test_what_is_folded_needs_not_halve_the_error():
     """`insert` is about nodes alone."""
     for insert in ("never", "worth", "always"):
-        model = loud_model(loud=1.0)
+        model = loud_model(TOKEN, loud=1.0)
         (record,) = smoothed(model, insert=insert).records
         assert (record.action, record.reason) == ("scaled", "smoothed with b")
         assert [node.op_type for node in model.graph] == ["LayerNormalization", "MatMul", "MatMul"]
@@ -268,7 +249,7 @@ def test_a_site_inside_a_body_is_skipped():
         [if] y = If (c) <then_branch = then () => (float[B,{N}] t) {{ [inner] t = MatMul(n, w) }},
                          else_branch = other () => (float[B,{N}] e) {{ e = MatMul(n, v) }}> }}"""
     weights = {"gamma": np.ones(K, np.float32), "w": normal((K, N), 1), "v": normal((K, N), 2)}
-    model = assigned(parse(text, weights))
+    model = assigned(parse(text, weights), TOKEN)
     (record,) = smoothed(model).records
     assert record.action == "skipped"
     assert "inside the body of if" in record.reason
@@ -276,14 +257,14 @@ def test_a_site_inside_a_body_is_skipped():
 
 def test_nothing_to_measure_with_is_an_error_only_where_something_is_to_be_measured():
     with pytest.raises(CalibrationError, match="needs calibration data"):
-        apply("smoothquant", loud_model(), context())
+        apply("smoothquant", loud_model(TOKEN), context())
     assert not apply("smoothquant", residual_model(), context(), insert="never").modified
 
 
 def test_the_result_does_not_depend_on_threads():
     found = []
     for threads in (1, 3):
-        model = assigned(decoder())
+        model = assigned(decoder(), TOKEN)
         smoothed(model, ctx=context(batches=token_batches(4), threads=threads), search=True, rows=16)
         found.append(serialized(model))
     assert found[0] == found[1]
@@ -295,36 +276,36 @@ def test_samples_that_do_not_fit_in_memory_are_taken_in_turns():
     for limit in (None, 1):
         ticks = Ticks()
         ctx = context(batches=token_batches(4), max_memory=limit, progress_to=ticks)
-        records = smoothed(assigned(decoder()), ctx=ctx, search=True, rows=16).records
+        records = smoothed(assigned(decoder(), TOKEN), ctx=ctx, search=True, rows=16).records
         found.append([record.metrics["alpha"] for record in records])
         assert len(ticks.seen) == (4 if limit is None else 32)
     assert found[0] == found[1]
 
 
 def test_numbers_that_are_not_finite_are_named():
-    data = batches()
+    data = loud_batches()
     data[1]["x"][0, 0, 0] = np.nan
     with pytest.raises(NumericsError, match="'a' reads"):
-        smoothed(loud_model(), data)
+        smoothed(loud_model(TOKEN), data)
 
 
 @pytest.mark.parametrize("options", [{"alpha": 1.5}, {"alpha": -0.1}, {"rows": 0}, {"insert": True}], ids=str)
 def test_options_that_mean_nothing(options):
     with pytest.raises(SchemeError, match="smoothquant"):
-        smoothed(loud_model(), **options)
+        smoothed(loud_model(TOKEN), **options)
 
 
 def test_progress_and_text():
     ticks = Ticks()
-    ctx = context(batches=batches(), progress_to=ticks)
-    smoothed(loud_model(), ctx=ctx)
+    ctx = context(batches=loud_batches(), progress_to=ticks)
+    smoothed(loud_model(TOKEN), ctx=ctx)
     assert ticks.seen == [("smoothquant", i, 4) for i in range(1, 5)]
     assert str(load("smoothquant")(ctx, {"search": "true"})) == "smoothquant{search=True}"
 
 
 def test_a_folding_that_is_smoothed_twice_is_balanced_the_second_time():
     """X / s and s W have the share alpha between them already: s is 1, but for channels that are below the median."""
-    model = loud_model()
+    model = loud_model(TOKEN)
     (folding,) = find_foldings(model, find_sites(model)[0])
     moved, before = [], [read_weight(site) for site in folding.sites]
     for _ in range(2):
@@ -342,7 +323,7 @@ def test_what_would_get_worse_is_left_alone():
     text = f"g (float[B,{K}] x) => (float[B,{N}] y) {{ n = LayerNormalization(x, gamma) y = MatMul(n, w) }}"
 
     def model():
-        return assigned(parse(text, {"gamma": np.ones(K, np.float32), "w": weight}))
+        return assigned(parse(text, {"gamma": np.ones(K, np.float32), "w": weight}), TOKEN)
 
     assert smoothed(model(), alpha=0.0).records[0].action == "scaled"
     checked = model()
@@ -357,5 +338,5 @@ def test_what_would_get_worse_is_left_alone():
 
 def test_convolutions_are_left_to_another_pass():
     text = f"g (float[B,{K},T] x) => (float[B,{N},T] y) {{ y = Conv(x, w) }}"
-    model = assigned(parse(text, {"w": normal((N, K, 1), 2)}))
+    model = assigned(parse(text, {"w": normal((N, K, 1), 2)}), TOKEN)
     assert smoothed(model, {"x": normal((2, K, 8), 1)}, insert="always").records == ()
