@@ -15,18 +15,19 @@ rows by their names, e.g. 'lite0 w8a8' or 'ort-dynamic'.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import yardstick
 from benchmarks.peers.environments import Cost, run
+from benchmarks.rows import collect, markdown, row_options
 from benchmarks.zoo import efficientnet, minilm, vision_audio, whisper
 from benchmarks.zoo.cache import root
 from benchmarks.zoo.exports import write_feeds
@@ -185,39 +186,32 @@ def measure(name: str, way: str, out: Path, repeat: int) -> Result:
 
 def table(results: list[Result]) -> str:
     """The rows of models with the same figures, under a heading of their own."""
-    lines: list[str] = []
-    heading: list[str] = []
-    for r in results:
-        if list(r.figures) != heading:
-            heading = list(r.figures)
-            titles = ["model", "way", *(name.replace("_", " ") for name in heading)]
-            lines += ["", "| " + " | ".join([*titles, "latency ratio", "MB", "seconds", "peak MB"]) + " |"]
-            lines.append("|---|---|" + "---:|" * (len(heading) + 4))
-        values = [f"{value:.4f}" for value in r.figures.values()]
-        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*r.ratio)
-        costs = [f"{r.mb:.1f}", f"{r.cost.seconds:.0f}", f"{r.cost.peak_mb:.0f}"]
-        lines.append("| " + " | ".join([r.model, r.way, *values, ratio, *costs]) + " |")
-    return "\n".join(lines[1:])
+    tables = []
+    for heading, alike in groupby(results, lambda r: list(r.figures)):
+        rows = []
+        for r in alike:
+            values = [f"{value:.4f}" for value in r.figures.values()]
+            ratio = "{:.2f} ({:.2f} to {:.2f})".format(*r.ratio)
+            costs = [f"{r.mb:.1f}", f"{r.cost.seconds:.0f}", f"{r.cost.peak_mb:.0f}"]
+            rows.append([r.model, r.way, *values, ratio, *costs])
+        titles = ["model", "way", *(name.replace("_", " ") for name in heading)]
+        tables.append(markdown([*titles, "latency ratio", "MB", "seconds", "peak MB"], rows, 2))
+    return "\n\n".join(tables)
 
 
 def main() -> None:
     """Measure the rows whose names hold the text asked for, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose names hold this, e.g. 'lite0 dynamic'")
+    row_options(parser, "'lite0 w8a8'")
     parser.add_argument("--repeat", type=int, default=20, help="rounds in which latency is measured")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="append each row to this file as a line of JSON")
     args = parser.parse_args()
-    results = []
     with tempfile.TemporaryDirectory() as work:
-        for name in SUBJECTS:
-            for way in (*SUBJECTS[name].ours, *SUBJECTS[name].theirs):
-                if args.only not in f"{name} {way}":
-                    continue
-                results.append(measure(name, way, Path(work) / f"{name}-{way}.onnx", args.repeat))
-                print(results[-1], file=sys.stderr, flush=True)
-                if args.save:
-                    with args.save.open("a", encoding="utf-8") as lines:
-                        lines.write(json.dumps(asdict(results[-1])) + "\n")
+        todo = [
+            (f"{name} {way}", partial(measure, name, way, Path(work) / f"{name}-{way}.onnx", args.repeat))
+            for name, subject in SUBJECTS.items()
+            for way in (*subject.ours, *subject.theirs)
+        ]
+        results = collect(todo, args.only, args.save)
     print(table(results))
 
 

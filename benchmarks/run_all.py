@@ -9,17 +9,17 @@ among the rows; `--peers` adds llm-compressor, which is installed into an enviro
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.peers.environments import Cost, run
 from benchmarks.peers.gptq import llmcompressor, ort
+from benchmarks.rows import collect, markdown, row_options
 from benchmarks.yardstick import score
 from benchmarks.zoo import vision_audio
 
@@ -110,7 +110,7 @@ def language_model(bench: Path, work: Path, more: tuple[str, ...]) -> Iterator[t
     """What each row is called, and how to get it."""
 
     def ort_row() -> Result:
-        cost, model = ort(bench, work, "asym")
+        cost, model = ort(bench / "onnx" / "model.onnx", work, "asym")
         return scored("ONNX Runtime, RTN", "w4 g64 asym", bench, model, cost)
 
     yield "onnxruntime w4 rtn", ort_row
@@ -153,50 +153,45 @@ def small_models(work: Path) -> Iterator[tuple[str, Callable[[], SmallResult]]]:
 
 def table(results: list[Result]) -> str:
     """The first table."""
-    lines = ["| tool | scheme | KL, nats | top-1 | MB | seconds | peak MB |", "|---|---|---:|---:|---:|---:|---:|"]
+    rows = []
     for r in results:
         megabytes = "" if r.mb is None else f"{r.mb:.0f}"
-        figures = f"{r.kl:.4f} | {r.top1:.3f} | {megabytes} | {r.seconds:.0f} | {r.peak_mb:.0f}"
-        lines.append(f"| {r.tool} | {r.scheme} | {figures} |")
-    return "\n".join(lines)
+        costs = [megabytes, f"{r.seconds:.0f}", f"{r.peak_mb:.0f}"]
+        rows.append([r.tool, r.scheme, f"{r.kl:.4f}", f"{r.top1:.3f}", *costs])
+    return markdown(["tool", "scheme", "KL, nats", "top-1", "MB", "seconds", "peak MB"], rows, 2)
 
 
 def small_table(results: list[SmallResult]) -> str:
     """The second table."""
-    lines = ["| model | scheme | figure | float | compiled | MB |", "|---|---|---|---:|---:|---:|"]
+    rows = []
     for r in results:
-        figures = f"{r.figure.replace('_', ' ')} | {r.float_value:.4f} | {r.value:.4f}"
-        lines.append(f"| {r.model} | {r.scheme} | {figures} | {r.float_mb:.1f} -> {r.mb:.1f} |")
-    return "\n".join(lines)
+        figures = [f"{r.float_value:.4f}", f"{r.value:.4f}", f"{r.float_mb:.1f} -> {r.mb:.1f}"]
+        rows.append([r.model, r.scheme, r.figure.replace("_", " "), *figures])
+    return markdown(["model", "scheme", "figure", "float", "compiled", "MB"], rows, 3)
 
 
 def main() -> None:
     """Get the rows whose names hold the text asked for, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path, metavar="DIR", help="made by benchmarks.zoo.smollm2")
-    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose names hold this, e.g. w4 or gptq")
+    row_options(parser, "w4 or gptq")
     parser.add_argument("--peers", action="store_true", help="also llm-compressor")
     parser.add_argument("--verify", action="store_true", help="let qcompile verify, as it does unless told otherwise")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="append each row to this file as a line of JSON")
     args = parser.parse_args()
-    found: dict[type, list] = {Result: [], SmallResult: []}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        todo = [*language_model(args.bench, work, () if args.verify else ("--no-verify",)), *small_models(work)]
+        todo: list[tuple[str, Callable[[], Result | SmallResult]]] = [
+            *language_model(args.bench, work, () if args.verify else ("--no-verify",)),
+            *small_models(work),
+        ]
         todo += [("llm-compressor gptq", lambda: peer_row(args.bench, work))] if args.peers else []
-        for name, get in todo:
-            if args.only not in name:
-                continue
-            result = get()
-            found[type(result)].append(result)
-            print(result, file=sys.stderr, flush=True)
-            if args.save:
-                with args.save.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(asdict(result)) + "\n")
-    if found[Result]:
-        print(table(found[Result]), end="\n\n")
-    if found[SmallResult]:
-        print(small_table(found[SmallResult]))
+        rows = collect(todo, args.only, args.save)
+    results = [row for row in rows if isinstance(row, Result)]
+    small = [row for row in rows if isinstance(row, SmallResult)]
+    if results:
+        print(table(results), end="\n\n")
+    if small:
+        print(small_table(small))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ __all__ = ["Cost", "environment", "report_line", "run"]
 # torch by its exact version: its CPU build, where one is at hand, has no other name.
 ENVIRONMENTS: Mapping[str, tuple[Sequence[str], ...]] = {
     "llmcompressor": (("torch==2.13.0",), ("llmcompressor==0.14.*",)),
+    "auto-round": (("torch==2.13.0",), ("auto-round==0.16.1", "transformers==5.17.*")),
 }
 
 

@@ -33,21 +33,30 @@ def ours(bench: Path, work: Path, algorithm: str, kind: str, *flags: str) -> tup
     return run(command, out.with_suffix(".log")), out
 
 
-def ort(bench: Path, work: Path, kind: str) -> tuple[Cost, Path]:
-    """ONNX Runtime's RTN."""
+def ort(model: Path, work: Path, kind: str) -> tuple[Cost, Path]:
+    """ONNX Runtime's RTN ("sym" or "asym"), or its k_quant."""
     out = work / f"ort-{kind}.onnx"
     for old in (out, out.with_name(out.name + ".data")):  # ONNX appends to external data that is there
         old.unlink(missing_ok=True)
-    command = [sys.executable, HERE / "ort_rtn_worker.py", bench / "onnx" / "model.onnx", "64", kind, out]
-    return run(command, out.with_suffix(".log")), out
+    return run([sys.executable, HERE / "ort_weights_worker.py", model, "64", kind, out], out.with_suffix(".log")), out
 
 
-def llmcompressor(bench: Path, work: Path, kind: str) -> tuple[Cost, Path]:
+def llmcompressor(bench: Path, work: Path, kind: str, rows: int = ROWS) -> tuple[Cost, Path]:
     """llm-compressor's GPTQ; its weights are put into the float ONNX model to be measured."""
     weights = work / f"llmcompressor-{kind}.npz"
     command = [environment("llmcompressor"), HERE / "llmcompressor_worker.py", bench / "hf", bench / "brown_train.npy",
-               str(ROWS), "64", kind, weights]  # fmt: skip
+               str(rows), "64", kind, weights]  # fmt: skip
     cost = run(command, weights.with_suffix(".log"))
+    return cost, with_weights(bench, weights)
+
+
+def with_weights(bench: Path, weights: Path) -> Path:
+    """The float ONNX model with other weights.
+
+    Args:
+        bench: Folder with onnx/model.onnx.
+        weights: .npz of float32 [N, K] by the names of transformers' modules; the output is beside it.
+    """
     model = load_model(bench / "onnx" / "model.onnx")
     arrays = np.load(weights)
     left = set(arrays.files)
@@ -61,7 +70,7 @@ def llmcompressor(bench: Path, work: Path, kind: str) -> tuple[Cost, Path]:
     assert not left, f"no site is called {sorted(left)[0]}"
     out = weights.with_suffix(".onnx")
     save_model(model, out, force=True)
-    return cost, out
+    return out
 
 
 def figures(bench: Path, model: Path) -> dict[str, float]:
@@ -75,7 +84,7 @@ def compare_rtn(bench: Path, work: Path, repeat: int) -> None:
     costs: dict[str, list[Cost]] = {"ours": [], "ort": []}
     for _ in range(repeat):
         ours_cost, ours_out = ours(bench, work, "rtn", "asym", "--no-verify")
-        ort_cost, ort_out = ort(bench, work, "asym")
+        ort_cost, ort_out = ort(bench / "onnx" / "model.onnx", work, "asym")
         costs["ours"].append(ours_cost)
         costs["ort"].append(ort_cost)
     verified, _ = ours(bench, work, "rtn", "asym")

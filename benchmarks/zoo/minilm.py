@@ -211,15 +211,25 @@ def embedding_cosines(model: Path, reference: Path | None = None) -> tuple[float
         model: an .onnx file.
         reference: another one; None takes the float model at opset 21.
     """
-    return _cosines(model, model.stat().st_mtime_ns, reference)
+    cosines = np.multiply(*compared_embeddings(model, reference)).sum(1)
+    return float(cosines.mean()), float(cosines.min())
+
+
+def compared_embeddings(model: Path, reference: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Return two models' embeddings of verses and film reviews that are not calibrated on, float32 [500, 384] each.
+
+    Args:
+        model: an .onnx file; its embeddings come second.
+        reference: another one; None takes the float model at opset 21.
+    """
+    return _compared(model, model.stat().st_mtime_ns, reference)
 
 
 @lru_cache(maxsize=1)
-def _cosines(model: Path, _changed: int, reference: Path | None) -> tuple[float, float]:
+def _compared(model: Path, _changed: int, reference: Path | None) -> tuple[np.ndarray, np.ndarray]:
     texts = spread([pair[0] for pair in verses()], COMPARED // 2) + spread(sentences()[0], COMPARED // 2)
     expected = embeddings(reference, texts) if reference else float_embeddings(texts)
-    cosines = (embeddings(model, texts) * expected).sum(1)
-    return float(cosines.mean()), float(cosines.min())
+    return expected, embeddings(model, texts)
 
 
 def embedding_cosine(model: Path) -> float:
