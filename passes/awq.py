@@ -54,11 +54,12 @@ class Options:
     duo: bool = field(default=False, metadata={"help": "divide by the size of the weights as well"})
     clip: bool = field(default=False, metadata={"help": "try each exponent on clipped grids, weighted by diag(H)"})
     caches: bool = field(default=False, metadata={"help": "let the values that a model caches between runs be scaled"})
+    rows: int = field(default=256, metadata={"help": "rows of each weight that exponents are tried on"})
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        if self.steps < 1:
-            raise SchemeError(f"pass awq: steps={self.steps} leaves nothing to try")
+        if self.steps < 1 or self.rows < 1:
+            raise SchemeError(f"pass awq: steps={self.steps} and rows={self.rows} have to be at least 1")
 
 
 def awq_factors(means: np.ndarray, magnitudes: np.ndarray | None, ratio: float) -> np.ndarray:
@@ -127,8 +128,8 @@ class Awq(RescalingPass):
     Options = Options
 
     def held_bytes(self, folding: Folding) -> int:
-        """The Hessian."""
-        return 8 * folding.channels**2
+        """The Hessian, and the shares of the batches that are in flight."""
+        return (8 + 4 * (self.context.threads + 1)) * folding.channels**2
 
     def start(self, folding: Folding) -> tuple[Sequence[Collector], Callable[[], SiteRecord]]:
         """See `RescalingPass`."""
@@ -149,10 +150,13 @@ class Awq(RescalingPass):
             sums = [relative_magnitudes(weight, spec.group_size) for weight, spec in readers]
             magnitudes = np.sum(sums, axis=0) / sum(len(weight) for weight, _ in readers)
 
-        def loss(factors: np.ndarray) -> float:
-            return sum(scaled_loss(w, hessian, factors, spec, clip=self.options.clip) for w, spec in readers)
+        samples = [(*_sample(weight, spec, self.options.rows), spec) for weight, spec in readers]
 
-        energy = sum(float(row_losses(weight, hessian).sum()) for weight, _ in readers)
+        def loss(factors: np.ndarray) -> float:
+            clip = self.options.clip
+            return sum(share * scaled_loss(w, hessian, factors, spec, clip=clip) for w, share, spec in samples)
+
+        energy = sum(share * float(row_losses(weight, hessian).sum()) for weight, share, _ in samples)
         ratios = [step / self.options.steps for step in range(self.options.steps)]
         tried = [folding.tie(awq_factors(moments.means, magnitudes, ratio)) for ratio in ratios]
         with ThreadPoolExecutor(self.context.threads) as pool:
@@ -171,6 +175,13 @@ class Awq(RescalingPass):
         remarks = [f"scaled with {', '.join(site.name for site in others)}"] if others else []
         remarks += [f"the cache {name} is scaled" for name in folding.caches]
         return SiteRecord(first.name, "scaled", "", "; ".join(remarks), metrics)
+
+
+def _sample(weight: np.ndarray, spec: WeightSpec, rows: int) -> tuple[np.ndarray, float]:
+    """Evenly spread rows of a weight, and for how many rows each stands; all where rows share scales."""
+    if spec.head_size or len(weight) <= rows:
+        return weight, 1.0
+    return weight[np.linspace(0, len(weight) - 1, rows).astype(int)], len(weight) / rows
 
 
 class _Moments:

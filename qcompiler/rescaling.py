@@ -23,7 +23,7 @@ __all__ = ["RescalingPass", "open_sites"]
 logger = logging.getLogger(__name__)
 
 # Bytes of measured activations held at a time, where no limit is given.
-_HELD_BYTES = 1 << 30
+_HELD_BYTES = 1 << 29
 
 
 class RescalingPass(QuantPass):

@@ -132,6 +132,19 @@ def test_it_lessens_the_error_on_data_that_was_not_measured_and_leaves_the_float
         assert np.abs(got - wanted).max() <= tolerance * np.abs(wanted).max()
 
 
+def test_a_few_rows_of_each_weight_tell_enough():
+    """Of three, what is measured is not far from that of all, and the error on other data falls too."""
+    data, found = loud_batches(), []
+    for rows in (3, N):
+        model = assigned(loud_model(W4), W4)
+        before = output_error(model, loud_batches(2, 99))
+        records = awq(model, data, rows=rows).records
+        found.append(records[0].metrics["relative_error_before"])
+        assert output_error(model, loud_batches(2, 99)) < 0.9 * before
+    assert found[0] != found[1]
+    assert found[0] == pytest.approx(found[1], rel=0.6)
+
+
 def test_a_decoder_is_scaled_where_that_is_legal():
     model, data = assigned(decoder(), W4), token_batches(6)
     expected, before = run(decoder(), data[0])[0], output_error(assigned(decoder(), W4), data)
@@ -279,6 +292,6 @@ def test_numbers_that_are_not_finite_are_named():
 
 
 def test_options_and_text():
-    with pytest.raises(SchemeError, match="pass awq: steps=0 leaves nothing to try"):
+    with pytest.raises(SchemeError, match="pass awq: steps=0 and rows=256 have to be at least 1"):
         load("awq")(context(), {"steps": "0"})
     assert str(load("awq")(context(), {"duo": "true"})) == "awq{duo=True}"
