@@ -77,12 +77,12 @@ _compile_options = _options(
         "--algorithm",
         default="",
         help="Weight algorithms, comma-separated, options in braces: gptq{percdamp=0.02}. "
-        "Default: gptq with calibration data, rtn without.",
+        "Default: what --effort stands for with calibration data, rtn without.",
     ),
     click.option(
         "--effort",
-        help="What stands for --algorithm: fast (rtn, seconds), balanced (gptq, the default with calibration data), "
-        "or best (gptq and learned_rounding: minutes, and torch).",
+        help="What stands for --algorithm: fast (seconds), balanced (minutes, the default with calibration data), or best "
+        "(several times as long, and torch). docs/schemes.md says what they hold; --print-recipe spells it out.",
     ),
     click.option(
         "--calibration",

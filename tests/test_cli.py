@@ -114,7 +114,7 @@ def test_calibration_data_means_gptq(decoder_file, token_file, tmp_path):
     done = run(qcompile, decoder_file, "--calibration", token_file, "--samples", 8, "-o", tmp_path / "out.onnx")
     assert done.exit_code == 0, done.stderr
     report = json.loads((tmp_path / "out.report.json").read_text("utf-8"))
-    assert report["recipe"]["algorithms"] == ["gptq"]
+    assert report["recipe"]["algorithms"] == ["gptq{drift=0.5}"]
     assert report["calibration"]["description"].startswith("8 rows")
     assert report["verification"]["synthetic"] is False
 

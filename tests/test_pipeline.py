@@ -88,8 +88,8 @@ def test_the_configuration_implies_the_passes_and_their_order():
 
 ALGORITHMS = {
     # scheme: the algorithms without a name and with calibration data
-    "w4a16": ("gptq",),
-    "w4a8": ("gptq",),  # the kernel quantizes what it reads
+    "w4a16": ("gptq{drift=0.5}",),
+    "w4a8": ("gptq{drift=0.5}",),  # the kernel quantizes what it reads
     "w8a8-dynamic-token": ("smoothquant", "gptq", "correct_bias"),
     "w8a8-static": ("smoothquant", "gptq", "correct_bias"),
 }
@@ -100,16 +100,16 @@ def test_algorithms_follow_from_the_schemes_and_the_data(scheme):
     config = CompileConfig(plan=SchemePlan(Scheme.parse(scheme)))
     assert pipeline.default_algorithms(config, calibrated=True) == ALGORITHMS[scheme]
     assert pipeline.default_algorithms(config, calibrated=False) == ("rtn",)
-    names = [step.name for step in build(plan=config.plan, algorithms=ALGORITHMS[scheme])]
-    assert [name for name in names if name in ALGORITHMS[scheme]] == list(ALGORITHMS[scheme])
+    steps = [str(step) for step in build(plan=config.plan, algorithms=ALGORITHMS[scheme])]
+    assert [step for step in steps if step in ALGORITHMS[scheme]] == list(ALGORITHMS[scheme])
 
 
 @pytest.mark.parametrize(
     ("effort", "scheme", "algorithms"),
     [
         ("fast", "w4a16", ("rtn",)),
-        ("balanced", "w4a16", ("gptq",)),
-        ("best", "w4a16", ("gptq", "learned_rounding")),
+        ("balanced", "w4a16", ("gptq{drift=0.5}",)),
+        ("best", "w4a16", ("awq", "gptq{drift=0.5}", "learned_rounding{distill=160}")),
         ("fast", "w8a8-static", ("smoothquant", "rtn", "correct_bias")),
         ("best", "w8a8-static", ("smoothquant", "gptq", "correct_bias")),
     ],
