@@ -131,7 +131,8 @@ class Gptq(SegmentPass):
             share *= supported_share(weight, found, part.drift, part.hessian)
         if not share:
             return weight
-        return weight + np.float32(share) * shift(weight, facts.drift, damped(facts.hessian, self.options.percdamp))
+        change = shift(weight, facts.drift, damped(facts.hessian, self.options.percdamp))
+        return np.asarray(weight + np.float32(share) * change)
 
     def _quantize_groups(self, weight: np.ndarray, spec: WeightSpec, hessians: np.ndarray) -> Quantized:
         """Quantize the weight of a convolution of groups."""

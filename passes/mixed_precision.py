@@ -2,53 +2,43 @@
 
 1. Loss. Every weight is quantized by trial in each format of a ladder (2, 4 and 8 bits, several group sizes), with the
    Hessians of the float model, on a sample of its rows: tr((W - Q) H (W - Q)^T), as GPTQ would leave it.
-2. Sensitivity. What a loss costs at the outputs is measured, not guessed: the weights that read the same activation are
-   rounded together to 4 bits, the rest stays float, and the model is run. The KL divergence of its logits (the noise of
-   its outputs, where there are none) over the loss of that rounding is what each format's loss is multiplied with.
+2. Sensitivity. What a loss costs at the outputs is measured, not guessed: each weight alone is rounded to 4 bits, as
+   GPTQ would, the rest stays float, and the model is run. The KL divergence of its logits (the noise of its outputs,
+   where there are none) over the loss of that rounding is what each format's loss is multiplied with.
 3. Choice. Costs are taken to add up, and the formats are chosen by a knapsack over stored bits (`numerics.allocation`).
+4. Swaps. All weights are rounded as chosen, the model is run on held-out rows, and formats are exchanged where that
+   lowers what these runs measure.
 
-The budget is `bits_per_weight`, over the linear layers, or `max_size`, of all constants. The scheme given is the one
-whose symmetry all formats have. Weights of sites whose activations are quantized, lookup tables and weights inside
-bodies have no Hessian: with a budget for everything, tables are weighed by ||W - Q||^2 instead; the others keep theirs.
+The budget is `bits_per_weight`, over the linear layers, or `max_size`, of the files; or `target_kl` is to be met by
+the smallest formats. The scheme given is the one whose symmetry all formats have. Where nothing else is gained by more
+bits a weight stays float. Weights of sites whose activations are quantized, and weights inside bodies, keep their
+formats; lookup tables are weighed by ||W - Q||^2 in the place of 1.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
 from qcompiler.errors import CalibrationError, ModelError, SchemeError
-from qcompiler.graph import SCHEME_KEY, Site, read_weight
-from qcompiler.numerics.affine import WeightSpec, clip_grid, dequantize, min_max_grid, quantize
-from qcompiler.numerics.allocation import Choice, allocate
-from qcompiler.numerics.second_order import damped, row_losses, sweep, upper_factor
-from qcompiler.passes.base import (
-    QuantPass,
-    QuantPassResult,
-    Stage,
-    assigned_sites,
-    checked_weight,
-    site_scheme,
-    site_spec,
-    spec_of,
-    streaming,
-)
-from qcompiler.quantized import to_stored
+from qcompiler.graph import SCHEME_KEY, Site
+from qcompiler.mixing import UNITS, MixedSite, Unit, fixed_bytes, formats_of, units_of
+from qcompiler.mixing_trials import Trials
+from qcompiler.numerics.allocation import Choice, allocate, cheapest, efficient, frontier, swapped, totals
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, assigned_sites, site_scheme
 from qcompiler.records import SiteRecord
-from qcompiler.scheme import Scheme
-from qcompiler.segments import plan_segments
-from qcompiler.sensitivity import Sensitivity, first_rows
-from qcompiler.statistics import LayerFacts
-from qcompiler.targets import lowered_bytes, site_refusal
+from qcompiler.scratch import Scratch
+from qcompiler.sites import find_sites
 
 __all__ = ["MixedPrecision"]
 
-_LADDER = ((2, 64), (2, 32), (4, 128), (4, 64), (4, 32), (8, 128), (8, 32))
-# What sensitivity is measured with: loud enough to be seen, quiet enough for the outputs to follow in proportion.
-_PROBE = WeightSpec(4, 64, symmetric=False)
-_DAMPING = 0.05
+# Points of the curve that the report has.
+_POINTS = 24
+# Four times the bytes of Hessians and rounded weights that are held in memory; the rest waits in mapped files.
+_KEPT = 1 << 30
+# Of target_kl: plans measured, and how far below the target a plan may end.
+_AIMS, _NEAR = 6, 0.05
 
 
 @dataclass(frozen=True)
@@ -56,23 +46,22 @@ class Options:
     """Options of `mixed_precision`."""
 
     rows: int = field(default=64, metadata={"help": "rows of each weight that formats are tried on"})
+    batches: int = field(default=4, metadata={"help": "calibration batches that losses are measured on"})
     probes: int = field(default=1, metadata={"help": "calibration rows that sensitivity is measured on"})
+    tokens: int = field(default=64, metadata={"help": "tokens of each of these rows"})
+    trials: int = field(default=2, metadata={"help": "held-out rows, of twice the tokens, that plans are run on"})
+    swaps: int = field(default=12, metadata={"help": "exchanges of formats to try by such a run; 0 runs none"})
+    units: str = field(default="site", metadata={"help": f"what gets a format of its own: {', '.join(UNITS)}"})
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        if self.rows < 1 or self.probes < 1:
-            raise SchemeError(f"pass mixed_precision: rows={self.rows} and probes={self.probes} have to be at least 1")
-
-
-@dataclass(eq=False)
-class _Unit:
-    """A weight, the schemes it may get, what each costs, and what it costs by itself."""
-
-    site: Site
-    schemes: list[Scheme]
-    losses: list[float] = field(default_factory=list)
-    probe_loss: float = 0.0
-    sensitivity: float = 0.0
+        for name in ("rows", "batches", "probes", "tokens", "trials"):
+            if getattr(self, name) < 1:
+                raise SchemeError(f"pass mixed_precision: {name}={getattr(self, name)} has to be at least 1")
+        if self.swaps < 0:
+            raise SchemeError(f"pass mixed_precision: swaps={self.swaps} has to be at least 0")
+        if self.units not in UNITS:
+            raise SchemeError(f"pass mixed_precision: units={self.units} is unknown; choose one of {', '.join(UNITS)}")
 
 
 class MixedPrecision(QuantPass):
@@ -87,155 +76,129 @@ class MixedPrecision(QuantPass):
     @classmethod
     def applies(cls, config: CompileConfig) -> bool:
         """Where a budget is given."""
-        return config.bits_per_weight is not None or config.max_size is not None
+        return bool(config.budgets)
 
     def call(self, model: ir.Model) -> QuantPassResult:
-        """Measure, choose and write the schemes."""
+        """Measure, choose, try and write the schemes."""
         config, calibration = self.context.config, self.context.calibration
         if calibration is None or not len(calibration.batches):
             raise CalibrationError("a budget is spent by what data show; give --calibration PATH")
-        units = [unit for site in assigned_sites(model) if (unit := self._unit(site)) is not None]
-        if not units:
+        opset = model.graph.opset_imports.get("", 0)
+        sites = [one for site in assigned_sites(model) if (one := self._mixed(site, opset)) is not None]
+        if not sites:
             raise ModelError("mixed_precision: there is no weight-only site to choose formats for")
-        linear = [unit for unit in units if unit.site.role != "embedding"]
-        self._try_formats(model, linear)
-        for unit in units:
-            if unit not in linear:
-                self._weigh(unit, None)
-        self._probe(model, units)
-        budget = self._budget(model, units)
-        choices = [[Choice(size, unit.sensitivity * loss) for size, loss in _sized(unit, config)] for unit in units]
-        least = sum(min(choice.size for choice in each) for each in choices)
-        if least > budget:
-            raise ModelError(
-                f"mixed_precision: the smallest formats of the {len(units)} weights take {least / 8e6:.2f} MB where "
-                f"{budget / 8e6:.2f} MB are left for them; give a larger budget, or let more be quantized"
-            )
-        chosen = allocate(choices, budget)
-        records = [self._assign(unit, choices[at], chosen[at]) for at, unit in enumerate(units)]
-        return QuantPassResult(model, True, tuple(records))
+        with Scratch(min(config.max_memory or _KEPT, _KEPT) // 4) as scratch:
+            trials = Trials(self.context, model, sites, scratch)
+            trials.measure(self.options.rows, self.options.batches, self.options.probes, self.options.tokens)
+            units = units_of(sites, self.options.units)
+            budget = self._budget(model, sites)
+            least = sum(min(choice.size for choice in unit.choices) for unit in units)
+            if budget is not None and least > budget:
+                raise ModelError(
+                    f"mixed_precision: the smallest formats of the {len(sites)} weights take {least / 8e6:.2f} MB "
+                    f"where {budget / 8e6:.2f} MB are left for them; give a larger budget, or let more be quantized"
+                )
+            chosen, note = self._chosen(units, budget, trials)
+        users: dict[ir.Value, list[ir.Node]] = {}
+        for site in find_sites(model)[0]:
+            if SCHEME_KEY in site.node.metadata_props:
+                users.setdefault(site.weight, []).append(site.node)
+        records = [record for unit, index in zip(units, chosen, strict=True) for record in _assign(unit, index, users)]
+        weights = sum(one.weights for one in sites)
+        choices = [unit.choices for unit in units]
+        points = [(point, 0.0) for point in frontier(choices, _POINTS)] + [(totals(choices, chosen), 1.0)]
+        records += [_point(point, weights, chosen=mark) for point, mark in points]
+        return QuantPassResult(model, True, (SiteRecord(self.name, "rewritten", reason=note), *records))
 
-    def _unit(self, site: Site) -> _Unit | None:
+    def _mixed(self, site: Site, opset: int) -> MixedSite | None:
         """The site with the formats that it may get; None where it keeps the one it has."""
         config, scheme = self.context.config, site_scheme(site)
         if scheme is None or scheme.activations is not None or site.nested:
             return None
         if config.bits_per_weight is not None and site.role != "linear":
             return None
-        wanted = [replace(scheme, bits=bits, group_size=size) for bits, size in _LADDER]
-        return _Unit(site, [each for each in wanted if not site_refusal(site, each, config)] or [scheme])
+        return formats_of(site, scheme, opset, config)
 
-    def _try_formats(self, model: ir.Model, units: Sequence[_Unit]) -> None:
-        """Quantize a sample of each weight in each format, on the Hessians of the float model."""
-        by_site = {unit.site.node: unit for unit in units}
-
-        def on_sites(sites: list[Site], facts: LayerFacts) -> None:
-            for site in sites:
-                if site.node in by_site:
-                    self._weigh(by_site[site.node], facts)
-
-        run = streaming(self.context, self.name, sequential=False)
-        segments = plan_segments(model, [unit.site for unit in units])
-        run.run(model, segments, self.context.calibration.batches, on_sites)
-
-    def _weigh(self, unit: _Unit, facts: LayerFacts | None) -> None:
-        """The loss of each format, scaled up from a sample of rows."""
-        weight = checked_weight(unit.site)
-        rows = weight[np.linspace(0, len(weight) - 1, min(self.options.rows, len(weight))).astype(int)]
-        share = len(weight) / len(rows)
-        specs = [spec_of(unit.site, scheme, self.context.config) for scheme in unit.schemes]
-        if facts is None or facts.hessian.ndim == 3:
-            identity = np.eye(weight.shape[1], dtype=np.float32)
-            unit.losses = [share * _rounded(rows, spec, identity) for spec in specs]
-            unit.probe_loss = share * _rounded(rows, _PROBE, identity)
-            return
-        hessian = facts.hessian / facts.tokens
-        importance = np.diagonal(hessian).astype(np.float32)
-        order = np.argsort(-importance, kind="stable")
-        factor = upper_factor(damped(hessian, _DAMPING)[np.ix_(order, order)])
-        for spec in specs:
-            grid = clip_grid(rows, spec, importance)
-            _, loss = sweep(rows, factor, grid, spec, order, 128)
-            unit.losses.append(share * float(loss.sum()))
-        unit.probe_loss = share * _rounded(rows, _PROBE, hessian.astype(np.float32))
-
-    def _probe(self, model: ir.Model, units: Sequence[_Unit]) -> None:
-        """Measure what the probe's rounding of the weights that read the same activation costs at the outputs."""
-        batches = self.context.calibration.batches
-        feeds = [first_rows(batches[at], 1) for at in range(min(self.options.probes, len(batches)))]
-        config = self.context.config
-        float_model = Sensitivity(model, feeds, provider=config.provider, threads=self.context.threads)
-        groups = list(_reading_together(units))
-        for done, group in enumerate(groups):
-            changed = {}
-            for unit in group:
-                grid = min_max_grid(weight := read_weight(unit.site), _PROBE)
-                decoded = dequantize(quantize(weight, grid, _PROBE), grid.scale, grid.zero_point, _PROBE.group_size)
-                stored = to_stored(decoded, unit.site.layout).astype(unit.site.dtype.numpy())
-                changed[unit.site.weight.name or ""] = np.ascontiguousarray(stored)
-            reachable = {name: array for name, array in changed.items() if name in float_model.weights}
-            cost = float_model.change(reachable) if reachable else 0.0
-            total = sum(unit.probe_loss for unit in group)
-            for unit in group:
-                unit.sensitivity = cost / total if total else 0.0
-            self.context.tick(self.name, done + 1, len(groups))
-        known = [unit.sensitivity for unit in units if unit.sensitivity]
-        for unit in units:  # small constants are part of the session: they count like the typical weight
-            unit.sensitivity = unit.sensitivity or (float(np.median(known)) if known else 1.0)
-
-    def _budget(self, model: ir.Model, units: Sequence[_Unit]) -> int:
-        """Bits that the units may take together."""
+    def _budget(self, model: ir.Model, sites: Sequence[MixedSite]) -> int | None:
+        """Bits that the sites may take together; None where a divergence is given."""
         config = self.context.config
         if config.bits_per_weight is not None:
-            return int(config.bits_per_weight * sum(unit.site.rows * unit.site.columns for unit in units))
-        assert config.max_size is not None
-        mine = {unit.site.weight for unit in units}
-        fixed = 0
-        for site in assigned_sites(model):
-            if site.weight not in mine:
-                mine.add(site.weight)
-                fixed += lowered_bytes(site_spec(site, config), site.rows, site.columns)
-        rest = [value.const_value for g in model.graphs() for value in g.initializers.values() if value not in mine]
-        fixed += sum({id(tensor): tensor.nbytes for tensor in rest if tensor is not None}.values())
-        return 8 * (config.max_size - fixed - _file_overhead(model))
+            return int(config.bits_per_weight * sum(one.weights for one in sites))
+        if config.max_size is None:
+            return None
+        return 8 * (config.max_size - fixed_bytes(model, [one.site for one in sites], config))
 
-    def _assign(self, unit: _Unit, choices: Sequence[Choice], chosen: int) -> SiteRecord:
-        text = str(unit.schemes[chosen])
-        for node in _users(unit.site):
-            node.metadata_props[SCHEME_KEY] = text
-        bits = choices[chosen].size / (unit.site.rows * unit.site.columns)
-        metrics = {"bits_per_weight": bits, "expected_cost": choices[chosen].loss}
-        return SiteRecord(unit.site.name, "assigned", text, "", metrics)
+    def _chosen(self, units: Sequence[Unit], budget: int | None, trials: Trials) -> tuple[list[int], str]:
+        """The index of each unit's format, and what was done in words."""
+        choices = [unit.choices for unit in units]
+
+        def cost(plan: Sequence[int]) -> float:
+            return trials.cost(units, plan, rows=self.options.trials, tokens=2 * self.options.tokens)
+
+        if budget is None:
+            chosen, measured = self._aimed(choices, cost)
+            found = f"measured {measured:.4g} by trial"
+        else:
+            chosen, found = allocate(choices, budget), "not tried"
+            if self.options.swaps:
+                result = swapped(choices, chosen, budget, cost, self.options.swaps)
+                chosen = result.chosen
+                found = f"measured {result.before:.4g} by trial, {result.after:.4g} after {result.kept} swaps"
+        total, sites = totals(choices, chosen), [one for unit in units for one in unit.members]
+        asked = totals([one.choices() for one in sites], [one.schemes.index(one.asked) for one in sites])
+        weights = sum(one.weights for one in sites)
+        sizes = [f"{plan.size / weights:.3f} bits a weight, {plan.size / 8e6:.2f} MB" for plan in (total, asked)]
+        return chosen, (
+            f"{sizes[0]}; expected cost {total.loss:.4g}, {found} (as --scheme says: {sizes[1]}; expected cost "
+            f"{asked.loss:.4g})"
+        )
+
+    def _aimed(
+        self, choices: Sequence[Sequence[Choice]], cost: Callable[[Sequence[int]], float]
+    ) -> tuple[list[int], float]:
+        """The smallest plan that was found to keep to the divergence asked for."""
+        target = self.context.config.target_kl
+        assert target is not None
+        best = [efficient(each)[-1] for each in choices]
+        measured = cost(best)
+        if measured > target:
+            raise ModelError(
+                f"mixed_precision: with the largest formats the divergence is {measured:.4g} by trial, where "
+                f"--target-kl asks for {target:g}; give a larger one, or leave weights float with --ignore"
+            )
+        aim = target
+        for _ in range(_AIMS):
+            plan = cheapest(choices, aim)
+            found = cost(plan)
+            if found <= target and totals(choices, plan).size < totals(choices, best).size:
+                best, measured = plan, found
+            if (1 - _NEAR) * target <= found <= target:
+                break
+            # What is measured grows with what is expected; a little less is aimed at than proportion would have.
+            aim *= (1 - _NEAR / 2) * target / found if found else 2.0
+        return best, measured
 
 
-def _users(site: Site) -> Iterator[ir.Node]:
-    """The nodes that share the site's weight and have a scheme of their own to follow it."""
-    values = [site.weight, *([site.transpose.outputs[0]] if site.transpose is not None else [])]
-    nodes = [node for value in values for node in value.consumers() if SCHEME_KEY in node.metadata_props]
-    yield from dict.fromkeys([site.node, *nodes])
+def _assign(unit: Unit, index: int, users: Mapping[ir.Value, Sequence[ir.Node]]) -> Iterator[SiteRecord]:
+    """Write the format of a unit on the nodes that use the weights of its members."""
+    scheme = unit.schemes[index]
+    for one in unit.members:
+        choice = one.choices()[one.schemes.index(scheme)]
+        metrics = {"bits_per_weight": choice.size / one.weights, "expected_cost": choice.loss}
+        for node in users[one.site.weight]:
+            if scheme is None:
+                node.metadata_props.pop(SCHEME_KEY, None)
+            else:
+                node.metadata_props[SCHEME_KEY] = str(scheme)
+        if scheme is None:
+            yield SiteRecord(
+                one.site.name, "skipped", reason="left float, which the budget has room for", metrics=metrics
+            )
+        else:
+            yield SiteRecord(one.site.name, "assigned", str(scheme), "", metrics)
 
 
-def _sized(unit: _Unit, config: CompileConfig) -> Iterator[tuple[int, float]]:
-    """Stored bits and loss of each format."""
-    site = unit.site
-    for scheme, loss in zip(unit.schemes, unit.losses, strict=True):
-        yield 8 * lowered_bytes(spec_of(site, scheme, config), site.rows, site.columns), loss
-
-
-def _rounded(weight: np.ndarray, spec: WeightSpec, hessian: np.ndarray) -> float:
-    """The loss of rounding to nearest."""
-    grid = min_max_grid(weight, spec)
-    decoded = dequantize(quantize(weight, grid, spec), grid.scale, grid.zero_point, spec.group_size)
-    return float(row_losses(weight - decoded, hessian).sum())
-
-
-def _reading_together(units: Sequence[_Unit]) -> Iterator[list[_Unit]]:
-    groups: dict[ir.Value, list[_Unit]] = {}
-    for unit in units:
-        groups.setdefault(unit.site.input, []).append(unit)
-    yield from groups.values()
-
-
-def _file_overhead(model: ir.Model) -> int:
-    """About what nodes and names take in the file."""
-    return 400 * sum(1 for _ in model.graph.all_nodes())
+def _point(point: Choice, weights: int, *, chosen: float) -> SiteRecord:
+    """A point of the curve, for the report."""
+    metrics = {"bytes": point.size / 8, "bits_per_weight": point.size / weights, "cost": point.loss, "chosen": chosen}
+    return SiteRecord("budget", "plan", metrics=metrics)

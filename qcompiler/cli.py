@@ -81,8 +81,8 @@ _compile_options = _options(
     ),
     click.option(
         "--effort",
-        help="What stands for --algorithm: fast (seconds), balanced (minutes, the default with calibration data), or best "
-        "(several times as long, and torch). docs/schemes.md says what they hold; --print-recipe spells it out.",
+        help="What stands for --algorithm: fast (seconds), balanced (minutes, the default with calibration data), or "
+        "best (several times as long; needs torch). docs/schemes.md says what they hold, and --print-recipe spells it.",
     ),
     click.option(
         "--calibration",
@@ -182,6 +182,17 @@ _compile_options = _options(
         help="Choose a format for each linear layer, so that all of them take this many bits a weight with scales.",
     ),
     click.option("--max-size", help="Choose a format for each weight, so that the output is no larger, e.g. 90MB."),
+    click.option(
+        "--target-kl",
+        type=float,
+        help="Choose the smallest formats that keep the divergence of the logits, in nats, at this, e.g. 0.02.",
+    ),
+    click.option(
+        "--pareto",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Draw what each size costs, for formats chosen by one of these three (.png, .svg).",
+    ),
     click.option("--max-memory", help="Memory past which activations go to disk, for example 2GB."),
     click.option(
         "--verify/--no-verify", default=True, show_default=True, help="Compare the output with the float model."
@@ -248,7 +259,10 @@ def qcompile(model: Path, **options: Any) -> None:
         click.echo(recipe_text(qcompile, spelled), nl=False)
         return
     if dry_run:
-        cli_output.print_plan(plan_model(model, config, pipeline_text=text))
+        plan = plan_model(model, config, pipeline_text=text)
+        cli_output.print_plan(plan)
+        if config.pareto is not None:
+            cli_output.draw_plan(plan, config.pareto)
         return
     with cli_output.Progress(hidden=quiet) as progress:
         result = compile_model(

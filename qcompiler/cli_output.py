@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Progress",
     "default_output",
+    "draw_plan",
     "print_bench",
     "print_inspection",
     "print_passes",
@@ -144,11 +145,24 @@ def print_plan(plan: "Plan") -> None:
     else:
         _console().print("nothing to quantize")
     _print_refusals(plan.refusals)
+    if plan.curve:
+        from qcompiler.report_curve import curve_table
+        from qcompiler.report_table import show
+
+        show(_console(), curve_table(plan.curve))
     _console().print(
         f"weights {plan.bytes_before / 1e6:.1f} MB -> about {plan.bytes_after / 1e6:.1f} MB; "
         f"peak memory about {plan.memory_bytes / 1e6:.0f} MB; passes: {plan.pipeline}",
         highlight=False,
     )
+
+
+def draw_plan(plan: "Plan", path: Path) -> None:
+    """What formats of other sizes would cost, drawn into a file."""
+    from qcompiler.report_curve import draw_curve
+
+    draw_curve(plan.curve, path)
+    _console().print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_inspection(inspection: "Inspection", *, every_site: bool) -> None:

@@ -65,13 +65,14 @@ def recipe_text(command: click.Command, values: Mapping[str, Any]) -> str:
         command: Whose parameters they are.
         values: By the names of the parameters, as the command gets them.
     """
-    plain, without = {}, click.Context(command)
+    plain: dict[str, Any] = {}
+    without = click.Context(command)
     for key, option in _options(command).items():
-        value = values.get(option.name or "")
+        value: Any = values.get(option.name or "")
         default = option.process_value(without, option.get_default(without))
         if key == "scheme" or (value is not None and value != default):
             plain[key] = list(value) if option.multiple else str(value) if isinstance(value, Path) else value
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)
+    return str(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def _options(command: click.Command) -> dict[str, click.Option]:

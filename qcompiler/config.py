@@ -45,6 +45,8 @@ class CompileConfig:
         float16: Whether what stays float becomes float16.
         bits_per_weight: Stored bits of the linear layers, scales included, that formats are chosen for.
         max_size: Bytes of the output that formats are chosen for.
+        target_kl: Divergence of the outputs, in nats, that the smallest formats are chosen for.
+        pareto: Draw what each size costs into this file, .png or .svg, where formats are chosen.
         seed: Seeds everything random.
         max_memory: Bytes of anonymous memory past which activations and codes are spilled to disk; None is unlimited.
         verify: Whether the output is compared with the float model.
@@ -81,6 +83,8 @@ class CompileConfig:
     float16: bool = False
     bits_per_weight: float | None = None
     max_size: int | None = None
+    target_kl: float | None = None
+    pareto: Path | None = None
     seed: int = 0
     max_memory: int | None = None
     verify: bool = True
@@ -113,16 +117,32 @@ class CompileConfig:
             raise SchemeError(f"--threads {self.threads} is less than none; give 0 for all cores")
         if self.exclude_worst < 0:
             raise SchemeError(f"--exclude-worst {self.exclude_worst} is less than none; give 0 to leave no site out")
-        if self.bits_per_weight is not None and self.max_size is not None:
-            raise SchemeError("--bits-per-weight and --max-size are two budgets; keep one of them")
-        if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= 32:
-            raise SchemeError(f"--bits-per-weight {self.bits_per_weight:g} is no budget; give for example 3.5")
-        if (self.bits_per_weight or self.max_size) and self.output_format != "matmulnbits":
-            raise SchemeError("a budget is spent on the formats of MatMulNBits; drop --format qdq, or the budget")
+        self._check_budget()
         if not self.verify and (self.min_sqnr_db is not None or self.max_kl is not None):
             raise SchemeError("--min-sqnr and --max-kl are checked by the verification; drop them or --no-verify")
         if self.accuracy_level is not None and not 0 <= self.accuracy_level <= 4:
             raise SchemeError(f"--accuracy-level {self.accuracy_level} does not exist; choose 0 to 4")
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        """The options that have formats chosen, with what they ask for."""
+        given = {
+            "--bits-per-weight": self.bits_per_weight, "--max-size": self.max_size, "--target-kl": self.target_kl,
+        }  # fmt: skip
+        return {option: value for option, value in given.items() if value is not None}
+
+    def _check_budget(self) -> None:
+        budgets = list(self.budgets)
+        if len(budgets) > 1:
+            raise SchemeError(f"{budgets[0]} and {budgets[1]} are two budgets; keep one of them")
+        if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= 32:
+            raise SchemeError(f"--bits-per-weight {self.bits_per_weight:g} is no budget; give for example 3.5")
+        if self.target_kl is not None and not 0 < self.target_kl < float("inf"):
+            raise SchemeError(f"--target-kl {self.target_kl:g} cannot be reached; give for example 0.02")
+        if self.pareto is not None and not budgets:
+            raise SchemeError("--pareto draws how formats are chosen; add --bits-per-weight, --max-size or --target-kl")
+        if self.pareto is not None and self.pareto.suffix not in (".png", ".svg"):
+            raise SchemeError(f"--pareto {self.pareto}: only .png and .svg are drawn")
 
     def recipe(self) -> dict[str, Any]:
         """What determines the bytes of the output, as plain values for metadata and report."""
@@ -150,6 +170,7 @@ class CompileConfig:
             "float16": self.float16,
             "bits_per_weight": self.bits_per_weight,
             "max_size": self.max_size,
+            "target_kl": self.target_kl,
             "threads": self.threads,
             "seed": self.seed,
         }

@@ -25,6 +25,7 @@ from qcompiler.measuring import bench_output, verify_output, worst_sites
 from qcompiler.pass_manager import PassManager
 from qcompiler.passes.base import PassContext
 from qcompiler.report import CompileReport, Excluded
+from qcompiler.report_curve import draw_curve, require_matplotlib
 from qcompiler.scheme import Pattern, Scheme
 from qcompiler.session import cpu_threads, single_threaded_blas
 
@@ -87,6 +88,7 @@ def compile_model(
         model = load_model(source)
         place = _Place.of(source, Path(output) if output is not None else Path(temporary) / "model.onnx")
         place.check(model, force=config.force)
+        _check_drawing(config)
         store = Checkpoints(Path(config.checkpoint)) if config.checkpoint is not None else None
         config, excluded = _without_worst(source, config, pipeline_text)
         before = stored_bytes(model)
@@ -112,6 +114,7 @@ def compile_model(
             report.finish(time.perf_counter() - started, meter.peak_bytes, sizes)
             transaction.create(place.report).write(report.to_json().encode())
             files = transaction.commit() if output is not None else []
+        files += [draw_curve(report.curve, path) for path in (config.pareto,) if path is not None]
     return CompileResult(model, report, tuple(files), tuple(report.below_floor()))
 
 
@@ -134,7 +137,8 @@ def _without_worst(
         return config, ()
     if config.calibration is not None and not isinstance(config.calibration, str | Path | Sequence):
         config = replace(config, calibration=list(config.calibration))  # it is read several times
-    trial = replace(config, exclude_worst=0, verify=False, min_sqnr_db=None, max_kl=None, bench=False, dump_dir=None)
+    trial = replace(config, exclude_worst=0, verify=False, min_sqnr_db=None, max_kl=None, bench=False, dump_dir=None,
+                    pareto=None)  # fmt: skip
     first = compile_model(source, config=trial, pipeline_text=pipeline_text)
     sites = {row.site for row in first.report.sites if row.action == "quantized"}
     if not sites:
@@ -145,6 +149,13 @@ def _without_worst(
     ignore = (*config.plan.ignore, *(Pattern(layer.name) for layer in found))
     excluded = tuple(Excluded(layer.name, layer.before_db, layer.after_db, layer.added) for layer in found)
     return replace(config, plan=replace(config.plan, ignore=ignore)), excluded
+
+
+def _check_drawing(config: CompileConfig) -> None:
+    """Raise OutputError now for a drawing that could not be made after the work."""
+    if config.pareto is not None:
+        require_matplotlib()
+        check_output(config.pareto, force=config.force)
 
 
 def _source_name(source: str | Path | onnx.ModelProto) -> str:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from qcompiler.calibration import row_mask
 from qcompiler.errors import ModelError
 from qcompiler.numerics.rows import token_rows
-from qcompiler.segments import Segment, read_values, segment_model
+from qcompiler.segments import Segment, chain_parts, read_values, segment_model
 from qcompiler.session import Feeds, OrtRunner
 from qcompiler.streaming import in_flight
 
@@ -128,26 +128,17 @@ def _plan(model: ir.Model, wanted: list[ir.Value]) -> list[Segment]:
     for node in reversed(model.graph):
         if any(output in needed for output in node.outputs):
             needed.update(read_values(node))
-    made = {value.name or "": -1 for value in model.graph.inputs if value.const_value is None}
     missing = targets - {output for node in model.graph for output in node.outputs} - set(model.graph.inputs)
     if missing:
         raise ModelError(f"'{next(iter(missing)).name}' is not computed by the top graph and cannot be watched")
-    chunks, watched = [Segment()], 0
+    chunks: list[list[ir.Node]] = [[]]
+    watched = 0
     for node in model.graph:
         if not any(output in needed for output in node.outputs):
             continue
         if watched >= _WATCHED:
-            chunks.append(Segment())
+            chunks.append([])
             watched = 0
-        chunks[-1].nodes.append(node)
-        made.update((output.name or "", len(chunks) - 1) for output in node.outputs)
+        chunks[-1].append(node)
         watched += sum(output in targets for output in node.outputs)
-    last_read: dict[str, int] = {}
-    for index, chunk in enumerate(chunks):
-        reads = {v.name: None for node in chunk.nodes for v in read_values(node) if v.const_value is None}
-        chunk.inputs = [name for name in reads if name and made[name] < index]
-        last_read.update(dict.fromkeys((name for name in reads if name), index))
-    for index, chunk in enumerate(chunks):
-        chunk.outputs = [name for name, at in made.items() if at == index and last_read.get(name, -1) > index]
-        chunk.carried = [name for name, at in made.items() if at < index and last_read.get(name, -1) > index]
-    return chunks if chunks[0].nodes else []
+    return chain_parts(model, chunks) if chunks[0] else []

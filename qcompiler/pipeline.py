@@ -12,8 +12,8 @@ __all__ = ["build", "default_algorithms", "parse", "pass_names"]
 
 Step = tuple[str, dict[str, str]]
 _STEP = re.compile(r"\s*([a-z_][a-z0-9_]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
-# What stands behind --effort where weights alone are quantized. Measured on SmolLM2-135M (see docs/schemes.md): what is not
-# here, or has not earned its time there, can be named with --algorithm.
+# What stands behind --effort where weights alone are quantized: what earned its time on SmolLM2-135M, see
+# docs/schemes.md. The rest can be named with --algorithm.
 _EFFORTS = {
     "fast": ("rtn",),
     "balanced": ("gptq{drift=0.5}",),

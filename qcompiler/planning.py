@@ -9,12 +9,15 @@ import onnx_ir as ir
 
 from qcompiler import pipeline
 from qcompiler.config import CompileConfig
+from qcompiler.feeding import calibration_data
 from qcompiler.files.loader import load_model
 from qcompiler.graph import SCHEME_KEY, Refusal, Site
 from qcompiler.instruments import stored_bytes
 from qcompiler.passes.base import PassContext, Stage, site_spec
+from qcompiler.report_curve import PlanPoint
+from qcompiler.session import cpu_threads, single_threaded_blas
 from qcompiler.sites import find_products, find_sites, node_names
-from qcompiler.targets import lowered_bytes
+from qcompiler.targets import form_bytes
 
 __all__ = ["Inspection", "Plan", "PlannedSite", "inspect_model", "plan_model"]
 
@@ -70,6 +73,7 @@ class Plan:
         bytes_before: Of the constants.
         bytes_after: Of the constants, about.
         memory_bytes: Peak anonymous memory, about.
+        curve: What formats of other sizes would cost, where they are chosen for a budget.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -78,6 +82,7 @@ class Plan:
     bytes_before: int
     bytes_after: int
     memory_bytes: int
+    curve: tuple[PlanPoint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ def _planned(site: Site, config: CompileConfig, reason: str, seen: set[int], add
     tensor = site.weight.const_value
     assert tensor is not None
     text = site.node.metadata_props.get(SCHEME_KEY, "")
-    after = lowered_bytes(site_spec(site, config), site.rows, site.columns) if text else int(tensor.nbytes)
+    after = form_bytes(site, site_spec(site, config), config) if text else int(tensor.nbytes)
     first = id(site.weight) not in seen
     seen.add(id(site.weight))
     return PlannedSite(
@@ -130,13 +135,15 @@ def _planned(site: Site, config: CompileConfig, reason: str, seen: set[int], add
 def _bytes_after(model: ir.Model, sites: list[Site], config: CompileConfig) -> int:
     """Bytes of all initializers once the assigned sites are lowered; untied copies of a weight share their data."""
     assigned = [site for site in sites if SCHEME_KEY in site.node.metadata_props]
-    lowered = {site.weight: lowered_bytes(site_spec(site, config), site.rows, site.columns) for site in assigned}
+    lowered = {site.weight: form_bytes(site, site_spec(site, config), config) for site in assigned}
     rest = [value.const_value for g in model.graphs() for value in g.initializers.values() if value not in lowered]
     return sum(lowered.values()) + sum({id(tensor): tensor.nbytes for tensor in rest if tensor is not None}.values())
 
 
 def plan_model(source: str | Path, config: CompileConfig, *, pipeline_text: str | None = None) -> Plan:
     """Load a model and run the passes that decide, but none that quantizes.
+
+    Formats for a budget are measured as they are in a compilation, which takes as long.
 
     Args:
         source: A path as `load_model` takes it.
@@ -149,12 +156,18 @@ def plan_model(source: str | Path, config: CompileConfig, *, pipeline_text: str 
     model = load_model(source)
     before = stored_bytes(model)
     algorithms = config.algorithms or pipeline.default_algorithms(config, calibrated=config.calibration is not None)
-    full = pipeline.build(replace(config, algorithms=algorithms, effort=None), PassContext(config), text=pipeline_text)
-    reasons = {}
-    for step in full:
-        if step.stage <= Stage.PLAN:
-            result = step(model)
-            reasons.update({r.site: r.reason for r in getattr(result, "records", ()) if r.action == "skipped"})
+    config = replace(config, algorithms=algorithms, effort=None)
+    data = calibration_data(model, config) if config.budgets else None
+    context = PassContext(config, cpu_threads(config.threads), data, config.progress)
+    full = pipeline.build(config, context, text=pipeline_text)
+    reasons: dict[str, str] = {}
+    curve: list[PlanPoint] = []
+    with single_threaded_blas():
+        for step in full:
+            if step.stage <= (Stage.TRANSFORM if config.budgets else Stage.PLAN):
+                records = getattr(step(model), "records", ())
+                reasons.update({record.site: record.reason for record in records if record.action == "skipped"})
+                curve += [PlanPoint.of(record) for record in records if record.action == "plan"]
     seen: set[int] = set()
     found, refusals = find_sites(model)
     added = {s: sum(step.added_bytes(s) for step in full) if SCHEME_KEY in s.node.metadata_props else 0 for s in found}
@@ -168,7 +181,7 @@ def plan_model(source: str | Path, config: CompileConfig, *, pipeline_text: str 
         memory += 40 * widest * widest + rows * 512 * widest * 4 * 2
     text, after = ",".join(str(step) for step in full), _bytes_after(model, found, config) + sum(added.values())
     left = [site for site, planned in zip(found, sites, strict=True) if not planned.scheme]
-    return Plan(sites, _counted(refusals, left), text, before, after, memory)
+    return Plan(sites, _counted(refusals, left), text, before, after, memory, tuple(curve))
 
 
 def _counted(refusals: Iterable[Refusal], sites: Iterable[Site] = ()) -> tuple[tuple[int, str], ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcompiler.config import CompileConfig
 from qcompiler.records import PassReport, SiteRecord
+from qcompiler.report_curve import PlanPoint
 from qcompiler.targets import IntegerRules, default_accuracy_level
 
 if TYPE_CHECKING:
@@ -152,6 +153,8 @@ def merge_records(records: Iterable[SiteRecord]) -> tuple[list[SiteRow], list[Ac
         if record.action == "activation":
             activations.append(ActivationRow.of(record))
             continue
+        if record.action == "plan":  # of no site: see `report_curve`
+            continue
         row = latest.get(record.site)
         # Two unnamed nodes may have been skipped under one name; they stay two rows.
         if row is None or (row.action == record.action == "skipped"):
@@ -217,6 +220,7 @@ class CompileReport:
         bench: How fast the result is; empty where it was not timed.
         excluded: Sites that were left float for the noise they added.
         checkpoints: For each pass that stores results how many sites came from an earlier run, and of how many.
+        curve: What plans of other sizes would cost, where formats were chosen for a budget.
     """
 
     config: CompileConfig
@@ -234,9 +238,9 @@ class CompileReport:
     checkpoints: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.sites, self.activations, self.notes = merge_records(
-            record for done in self.passes for record in done.records
-        )
+        records = [record for done in self.passes for record in done.records]
+        self.sites, self.activations, self.notes = merge_records(records)
+        self.curve = tuple(PlanPoint.of(record) for record in records if record.action == "plan")
 
     @property
     def quantized_sites(self) -> int:
@@ -251,7 +255,10 @@ class CompileReport:
     def below_floor(self) -> list[str]:
         """The accuracy floors that the result misses, in words."""
         config, found = self.config, self.verification
-        return found.floor_failures(config.min_sqnr_db, config.max_kl) if found is not None else []
+        failures = found.floor_failures(config.min_sqnr_db, config.max_kl) if found is not None else []
+        if config.max_size is not None and self.file_bytes > config.max_size:
+            failures.append(f"the output takes {self.file_bytes} bytes where --max-size asks for {config.max_size}")
+        return failures
 
     def finish(self, seconds: float, peak_bytes: int, file_bytes: int) -> None:
         """Put in what is known only at the end."""
@@ -311,6 +318,7 @@ class CompileReport:
             "checkpoints": {
                 name: {"recalled": recalled, "sites": sites} for name, (recalled, sites) in self.checkpoints.items()
             },
+            "curve": [asdict(point) for point in self.curve],
             "activations": [asdict(row) for row in self.activations],
             "notes": self.notes,
             "passes": [

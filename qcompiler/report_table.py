@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qcompiler.report import scheme_meaning
+from qcompiler.report_curve import curve_table
 
 if TYPE_CHECKING:
     from qcompiler.bench import BenchResult
@@ -53,6 +54,8 @@ def print_report(report: "CompileReport", console: Console, *, every_site: bool)
         console.print()
         _line(console, report.activation_summary())
     _print_excluded(console, report.excluded)
+    if report.curve:
+        show(console, curve_table(report.curve))
     if report.verification is not None:
         console.print()
         print_verification(report.verification, console)

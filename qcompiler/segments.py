@@ -23,7 +23,16 @@ import onnx_ir as ir
 from qcompiler.graph import Site, constant_array
 from qcompiler.quantized import QuantizedTensor
 
-__all__ = ["Segment", "Weights", "constants_of", "lent", "plan_segments", "segment_model", "segment_parts"]
+__all__ = [
+    "Segment",
+    "Weights",
+    "chain_parts",
+    "constants_of",
+    "lent",
+    "plan_segments",
+    "segment_model",
+    "segment_parts",
+]
 
 Weights = dict[ir.Value, ir.TensorProtocol]
 
@@ -147,6 +156,32 @@ def plan_segments(model: ir.Model, sites: Sequence[Site]) -> list[Segment]:
         inner = {o.name: None for node in segment.nodes for o in node.outputs if o.name}
         segment.outputs = [name for name in inner if name and needed.get(name, -1) > level]
         segment.carried = [name for name, at in made.items() if at < level and needed.get(name, -1) > level]
+    return segments
+
+
+def chain_parts(model: ir.Model, parts: Sequence[Sequence[ir.Node]], wanted: Iterable[str] = ()) -> list[Segment]:
+    """Segments of nodes that run one part after the other.
+
+    Args:
+        model: In topological order.
+        parts: Nodes in that order; what they read is computed by them, or is an input of the model.
+        wanted: Names of values that are to be had after the last part.
+
+    Returns:
+        One segment a part.
+    """
+    made = {value.name or "": -1 for value in model.graph.inputs if value.const_value is None}
+    segments = [Segment(nodes=list(part)) for part in parts]
+    last_read: dict[str, int] = {}
+    for index, segment in enumerate(segments):
+        made.update((output.name or "", index) for node in segment.nodes for output in node.outputs)
+        reads = {v.name: None for node in segment.nodes for v in read_values(node) if v.const_value is None}
+        segment.inputs = [name for name in reads if name and made[name] < index]
+        last_read.update(dict.fromkeys((name for name in reads if name), index))
+    last_read.update(dict.fromkeys(wanted, len(segments)))
+    for index, segment in enumerate(segments):
+        segment.outputs = [name for name, at in made.items() if at == index and last_read.get(name, -1) > index]
+        segment.carried = [name for name, at in made.items() if at < index and last_read.get(name, -1) > index]
     return segments
 
 

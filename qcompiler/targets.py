@@ -22,6 +22,7 @@ __all__ = [
     "IntegerRules",
     "block_size",
     "default_accuracy_level",
+    "form_bytes",
     "fuses_bias",
     "lacks_kernel",
     "lowered_bytes",
@@ -133,6 +134,18 @@ def lowered_bytes(spec: WeightSpec, rows: int, columns: int) -> int:
     blocks = -(-columns // size)
     zeros = 0 if spec.symmetric else -(-blocks * spec.bits // 8)
     return rows * (blocks * (size * spec.bits // 8 + storage_dtype(spec.scale_dtype).itemsize) + zeros)
+
+
+def form_bytes(site: "Site", spec: WeightSpec, config: CompileConfig) -> int:
+    """Bytes of a weight's codes, scales and zero points in the output form."""
+    rows, columns = site.rows, site.columns
+    if config.output_format != "qdq":
+        return lowered_bytes(spec, rows, columns)
+    lookup, groups = site.role == "embedding", rows * spec.groups(columns)
+    width = spec.bits if lookup else qdq_width(spec.bits, rows)
+    codes = groups * spec.group_size if lookup and groups > rows else rows * columns
+    zeros = 0 if spec.symmetric else -(-groups * width // 8)
+    return -(-codes * width // 8) + groups * storage_dtype(spec.scale_dtype).itemsize + zeros
 
 
 def fuses_bias(target: str) -> bool:

@@ -219,7 +219,7 @@ def context(config=None, batches=None, threads=1, progress_to=None, **options):
         if "scheme" in options:
             options["plan"] = SchemePlan(Scheme.parse(options.pop("scheme")))
         config = CompileConfig(**options)
-    data = SimpleNamespace(batches=batches) if batches is not None else None
+    data = SimpleNamespace(batches=batches, held_out=batches) if batches is not None else None
     return PassContext(config, threads, data, progress_to)
 
 

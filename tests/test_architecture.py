@@ -38,7 +38,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "planning": (
         "planning",
-        "pipeline passes instruments files graph targets config scheme records passes.base errors",
+        "report pipeline passes instruments feeding files session graph targets config scheme records passes.base "
+        "errors",
     ),
     "measuring": (
         "measuring",
@@ -63,10 +64,16 @@ LAYERS: dict[str, tuple[str, str]] = {
     "passes.*": (
         "passes.*",
         "passes.base rescaling lowering opset_rules float_types rotation foldings convolution layers placement "
-        "absorbing ranges sensitivity "
+        "absorbing ranges mixing sensitivity "
         "observing collectors blocks streaming waypoints checkpoints session scratch tuning torch_graph statistics "
         "segments graph targets config scheme records kernels.schemas numerics errors",
     ),
+    "mixing": (
+        "mixing mixing_*",
+        "itself passes.base sensitivity trials segments statistics session scratch targets graph config scheme "
+        "numerics errors",
+    ),
+    "trials": ("trials", "statistics numerics errors"),
     "sensitivity": ("sensitivity", "verify segments calibration session errors"),
     "rescaling": ("rescaling", "passes.base observing foldings graph records errors"),
     "passes.base": (

@@ -247,10 +247,13 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "exclude_worst": 2, "kv_cache": "kv4", "float16": True, "checkpoint": Path("k"),
     }  # fmt: skip
     assert {name: getattr(config, name) for name in given} == given
-    apart = {"bits_per_weight", "max_size", "effort"}  # which do not go with each other, QDQ or algorithms
+    # Which do not go with each other, or with algorithms.
+    apart = {"bits_per_weight", "max_size", "target_kl", "pareto", "effort"}
     assert {*given, *apart, "plan", "progress"} == set(type(config).__dataclass_fields__)
-    run(qcompile, "m.onnx", "--bits-per-weight", 3.5)
-    assert seen["config"].bits_per_weight == 3.5
+    run(qcompile, "m.onnx", "--bits-per-weight", 3.5, "--pareto", "curve.svg")
+    assert (seen["config"].bits_per_weight, seen["config"].pareto) == (3.5, Path("curve.svg"))
+    run(qcompile, "m.onnx", "--target-kl", 0.02)
+    assert seen["config"].target_kl == 0.02
     run(qcompile, "m.onnx", "--effort", "best")
     assert seen["config"].effort == "best"
     run(qcompile, "m.onnx", "--max-size", "90MB")
@@ -284,8 +287,11 @@ USAGE = {
     "effort and algorithm": (["--effort", "fast", "--algorithm", "rtn"], "drop it, or --algorithm"),
     "best without data": (["--effort", "best"], "--effort best learns from data"),
     "no budget": (["--bits-per-weight", 0], "--bits-per-weight 0 is no budget"),
-    "two budgets": (["--bits-per-weight", 4, "--max-size", "9MB"], "are two budgets"),
-    "budget for QDQ": (["--max-size", "9MB", "--format", "qdq"], "drop --format qdq"),
+    "two budgets": (["--bits-per-weight", 4, "--max-size", "9MB"], "--bits-per-weight and --max-size are two budgets"),
+    "divergence and size": (["--target-kl", 1, "--max-size", "9MB"], "--max-size and --target-kl are two budgets"),
+    "no divergence": (["--target-kl", 0], "--target-kl 0 cannot be reached"),
+    "curve without a budget": (["--pareto", "a.png"], "--pareto draws how formats are chosen; add"),
+    "curve of another kind": (["--pareto", "a.pdf", "--max-size", "9MB"], "only .png and .svg are drawn"),
     "no size of the output": (["--max-size", "small"], "--max-size small is not a size"),
     "no rows": (["--samples", 0], "--samples 0"),
     "no threads": (["--threads", -1], "-1 is not in the range"),

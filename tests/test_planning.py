@@ -1,10 +1,14 @@
 """What a compilation would do, against what it does."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from qcompiler import pipeline
 from qcompiler.config import CompileConfig
+from qcompiler.driver import compile_model
+from qcompiler.errors import OutputError
 from qcompiler.files.loader import load_model
 from qcompiler.instruments import MemoryMeter, stored_bytes
 from qcompiler.pass_manager import PassManager
@@ -84,7 +88,7 @@ def test_the_pipeline_is_that_of_the_compilation(tmp_path):
     assert plan_model(path, CompileConfig()).pipeline == (
         "canonicalize,assign_scheme,rtn,fuse_gather,fuse_matmul_nbits,cleanup"
     )
-    assert ",gptq," in plan_model(path, CompileConfig(calibration=[{}])).pipeline
+    assert ",gptq{drift=0.5}," in plan_model(path, CompileConfig(calibration=[{}])).pipeline
     assert ",rtn{clip=True}," in plan_model(path, CompileConfig(algorithms=("rtn{clip=true}",))).pipeline
 
 
@@ -151,3 +155,35 @@ def test_a_weight_that_several_sites_read_counts_once(tmp_path):
         ("head", 0),
     ]
     assert np.sum([site.stored_bytes for site in found.sites]) == 4 * 64 * (512 + 64)
+
+
+# Formats for a budget.
+
+
+def test_with_a_budget_the_plan_has_the_formats_and_the_curve(tmp_path):
+    tokens = [{"i": np.random.default_rng(row).integers(0, 512, (1, 24))} for row in range(4)]
+    config = CompileConfig(calibration=tokens, max_size=40_000, algorithms=("gptq",))
+    path = stored(tied(), tmp_path)
+    plan = plan_model(path, config)
+    assert len({site.scheme for site in plan.sites}) == 2
+    assert plan.bytes_after <= 40_000
+    (chosen,) = (point for point in plan.curve if point.chosen)
+    assert chosen.bytes == sum(site.stored_bytes for site in plan.sites)
+    result = compile_model(path, config=replace(config, pareto=tmp_path / "curve.svg"), output=tmp_path / "o.onnx")
+    assert result.report.curve == plan.curve
+    assert (tmp_path / "curve.svg").read_bytes().startswith(b"<?xml")
+    assert tmp_path / "curve.svg" in result.files
+
+
+def test_without_a_budget_nothing_is_measured(tmp_path):
+    plan = plan_model(stored(tied(), tmp_path), CompileConfig(calibration="nothing.npy"))
+    assert plan.curve == ()
+
+
+def test_a_drawing_that_is_there_is_kept(tmp_path):
+    drawing = tmp_path / "curve.svg"
+    drawing.write_text("mine")
+    config = CompileConfig(calibration="nothing.npy", max_size=40_000, pareto=drawing)
+    with pytest.raises(OutputError, match=r"curve\.svg"):
+        compile_model(stored(tied(), tmp_path), config=config)
+    assert drawing.read_text() == "mine"

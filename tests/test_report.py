@@ -254,7 +254,8 @@ def test_json_has_a_stable_form():
     read = json.loads(made.to_json())
     assert list(read) == [
         "schema", "model", "bytes", "recipe", "meaning", "calibration", "sites", "quantized", "skipped", "excluded",
-        "checkpoints", "activations", "notes", "passes", "verification", "bench", "versions", "seconds", "peak_bytes",
+        "checkpoints", "curve", "activations", "notes", "passes", "verification", "bench", "versions", "seconds",
+        "peak_bytes",
     ]  # fmt: skip
     assert read["schema"] == 1
     assert read["bytes"] == {"before": 538_000_000, "after": 174_000_000, "files": 178_000_000}

@@ -22,6 +22,7 @@ __all__ = [
     "dequantize",
     "min_max_grid",
     "quantize",
+    "round_between",
     "round_to_grid",
     "storage_dtype",
     "stored_scale",
@@ -285,9 +286,16 @@ def _rounding_loss(
 
 def round_to_grid(values: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, spec: WeightSpec) -> np.ndarray:
     """Codes of values, as whole float32 numbers; shapes broadcast. Rounds before the zero point is added."""
+    return round_between(values, scale, zero_point, *spec.limits)
+
+
+def round_between(
+    values: np.ndarray, scale: np.ndarray, zero_point: np.ndarray, low: float | np.ndarray, high: float | np.ndarray
+) -> np.ndarray:
+    """The same between a smallest and a largest code, which may differ from value to value."""
     codes: np.ndarray = np.rint(values / scale)
     codes += zero_point
-    np.clip(codes, *spec.limits, out=codes)
+    np.clip(codes, low, high, out=codes)
     return codes
 
 

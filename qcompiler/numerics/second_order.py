@@ -7,9 +7,11 @@ pass `gptq`.
 Shapes: W, Q ``[N, K]``; H ``[K, K]``; scale, zero point ``[N, G]``.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
-from qcompiler.numerics.affine import Grid, WeightSpec, dequantize, round_to_grid, stored_scale
+from qcompiler.numerics.affine import Grid, WeightSpec, dequantize, round_between, round_to_grid, stored_scale
 
 __all__ = [
     "damped",
@@ -20,6 +22,7 @@ __all__ = [
     "supported_share",
     "sweep",
     "sweep_groups",
+    "sweep_losses",
     "upper_factor",
 ]
 
@@ -102,31 +105,73 @@ def sweep(
     Returns:
         Codes uint8 ``[N, K]`` and the loss of each row, float64 ``[N]``: the diagonal of ``(W - Q) H (W - Q)^T``.
     """
-    rows, columns = weight.shape
-    diagonal = np.diagonal(factor)
-    feedback = np.ascontiguousarray((factor / diagonal).T, np.float32)  # [K, K], row k holds A_jk / A_kk for j < k
-    values = np.ascontiguousarray(weight.T[order])  # [K, N], so that a column of W is contiguous
-    errors = np.empty_like(values)
-    codes = np.empty((columns, rows), np.uint8)
     scale, zero = np.ascontiguousarray(grid.scale.T), np.ascontiguousarray(grid.zero_point.T)  # [G, N]
     group = order // spec.group_size
+    values = np.ascontiguousarray(weight.T[order])  # [K, N], so that a column of W is contiguous
+    codes, loss = _swept(values, factor, lambda k: (scale[group[k]], zero[group[k]]), spec.limits, lazy_block)
+    result = np.empty(weight.shape, np.uint8)
+    result[:, order] = codes.T
+    return result, loss
+
+
+def sweep_losses(
+    weight: np.ndarray, factor: np.ndarray, grids: Sequence[Grid], specs: Sequence[WeightSpec], order: np.ndarray
+) -> np.ndarray:
+    """The losses that `sweep` leaves in several formats, found in one go.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        factor: See `sweep`.
+        grids: For each format, scale and zero point ``[N, G]``.
+        specs: The S formats.
+        order: int ``[K]``, the visiting order.
+
+    Returns:
+        float64 ``[S, N]``.
+    """
+    count, rows = len(specs), len(weight)
+    values = np.tile(np.ascontiguousarray(weight.T[order]), (1, count))  # [K, S N]
+    scale, zero = np.empty_like(values), np.empty_like(values)
+    low, high = np.empty(count * rows, np.float32), np.empty(count * rows, np.float32)
+    for number, (grid, spec) in enumerate(zip(grids, specs, strict=True)):
+        part, group = slice(number * rows, (number + 1) * rows), order // spec.group_size
+        scale[:, part], zero[:, part] = grid.scale.T[group], grid.zero_point.T[group]
+        low[part], high[part] = spec.limits
+    _, loss = _swept(values, factor, lambda k: (scale[k], zero[k]), (low, high), 128)
+    return loss.reshape(count, rows)
+
+
+def _swept(
+    values: np.ndarray,
+    factor: np.ndarray,
+    grid: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    limits: tuple[float | np.ndarray, float | np.ndarray],
+    lazy_block: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes uint8 ``[K, N]`` and losses ``[N]`` of columns float32 ``[K, N]`` in visiting order.
+
+    `grid` has scale and zero point ``[N]`` of the k-th column.
+    """
+    columns, rows = values.shape
+    diagonal = np.diagonal(factor)
+    feedback = np.ascontiguousarray((factor / diagonal).T, np.float32)  # [K, K], row k holds A_jk / A_kk for j < k
+    errors = np.empty_like(values)
+    codes = np.empty((columns, rows), np.uint8)
     loss = np.zeros(rows, np.float64)
     for start in range(0, columns, lazy_block):
         stop = min(start + lazy_block, columns)
         carried = feedback[start:stop, :start] @ errors[:start]  # [block, N]
         for k in range(start, stop):
             value = values[k] + carried[k - start] + feedback[k, start:k] @ errors[start:k]
-            s, z = scale[group[k]], zero[group[k]]
-            code = round_to_grid(value, s, z, spec)
+            s, z = grid(k)
+            code = round_between(value, s, z, *limits)
             codes[k] = code
             quantized = (code - z) * s
             np.subtract(values[k], quantized, out=errors[k])
             value -= quantized
             value = value.astype(np.float64)
             loss += np.square(diagonal[k] * value)
-    result = np.empty((rows, columns), np.uint8)
-    result[:, order] = codes.T
-    return result, loss
+    return codes, loss
 
 
 def sweep_groups(

@@ -178,7 +178,7 @@ def _rows(logits: Tensor, example: Example) -> Tensor:
     return token_rows(logits, example.mask).reshape(-1, logits.shape[-1]).float()
 
 
-class _KlDivergence(torch.autograd.Function):
+class _KlDivergence(torch.autograd.Function):  # type: ignore[misc]
     """KL(p || q) for logits of q and logarithms of p, ``[T, V]``; its slope is (q - p) / T.
 
     What PyTorch would remember to differentiate it is several times the size of the logits.
@@ -194,7 +194,7 @@ class _KlDivergence(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(context: Any, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor, None]:
         """The slope of the logits."""
         return context.saved_tensors[0] * slope, None
 

@@ -32,7 +32,7 @@ class LearnedVector:
     @property
     def values(self) -> np.ndarray:
         """float32 ``[K]``."""
-        return self._values.numpy()
+        return np.asarray(self._values.numpy())
 
     def value(self) -> Tensor:
         """What stands in the place of the vector in the graph."""

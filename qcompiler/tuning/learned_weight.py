@@ -96,7 +96,7 @@ class LearnedWeight:
     @property
     def codes(self) -> np.ndarray:
         """Codes uint8 ``[N, K]``."""
-        return self._flat(self._latent.round().add_(self._zero)).numpy().astype(np.uint8)
+        return np.asarray(self._flat(self._latent.round().add_(self._zero)).numpy(), np.uint8)
 
     def value(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantized weight in the shape that the graph stores."""

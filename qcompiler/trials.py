@@ -1,0 +1,118 @@
+"""Rounding weights by trial: what GPTQ would leave of them, on Hessians of the float model.
+
+Shapes: W ``[N, K]``; H ``[K, K]``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qcompiler.errors import NumericsError
+from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, dequantize, min_max_grid, quantize
+from qcompiler.numerics.second_order import damped, sweep, sweep_losses, upper_factor
+from qcompiler.statistics import LayerFacts
+
+__all__ = ["Curvature", "TrialRounding", "curvature_of"]
+
+_DAMPING = 0.05
+_MOST_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What is kept of the Hessian of an activation, divided by the number of tokens and damped.
+
+    Attributes:
+        order: int ``[K]``, columns in the order of falling diagonal.
+        factor: float32 ``[K, K]``, A with ``A A^T = H`` in that order.
+        importance: float32 ``[K]``, the diagonal.
+    """
+
+    order: np.ndarray
+    factor: np.ndarray
+    importance: np.ndarray
+
+
+def curvature_of(facts: LayerFacts) -> Curvature | None:
+    """Factor a Hessian; None for a convolution of groups, which has several.
+
+    Raises:
+        NumericsError: It cannot be factored with any damping.
+    """
+    if facts.hessian.ndim == 3:
+        return None
+    hessian = facts.hessian / max(facts.tokens, 1)
+    importance = np.diagonal(hessian).astype(np.float32)
+    order = np.argsort(-importance, kind="stable")
+    damping = _DAMPING
+    while True:
+        try:
+            factor = upper_factor(damped(hessian, damping)[np.ix_(order, order)])
+            return Curvature(order, factor.astype(np.float32), importance)
+        except np.linalg.LinAlgError as error:
+            tried, damping = damping, 10 * damping
+            if damping > _MOST_DAMPING:
+                raise NumericsError(
+                    f"the Hessian cannot be factored even with damping {tried:g}; give more calibration samples"
+                ) from error
+
+
+@dataclass(frozen=True)
+class TrialRounding:
+    """How weights are rounded by trial.
+
+    Attributes:
+        sweeps: As GPTQ does; otherwise each value goes to the nearest code between the extremes of its group.
+    """
+
+    sweeps: bool
+
+    def losses(self, weight: np.ndarray, specs: Sequence[WeightSpec], known: Curvature | None) -> np.ndarray:
+        """What each format leaves.
+
+        Args:
+            weight: float32 ``[N, K]``, or some of its rows.
+            specs: The S formats.
+            known: About what the weight reads; None weighs all columns alike.
+
+        Returns:
+            float64 ``[S, N]``: the squared error of each output, its mean over the tokens; without `known` that of the
+            weight itself.
+        """
+        grids = [self._grid(weight, spec, known) for spec in specs]
+        if known is not None and self.sweeps and not any(spec.fp8 for spec in specs):
+            return sweep_losses(weight, known.factor, grids, specs, known.order)
+        errors = [
+            weight - _decoded(quantize(weight, grid, spec), grid, spec) for grid, spec in zip(grids, specs, strict=True)
+        ]
+        return np.stack([_row_losses(error, known) for error in errors])
+
+    def rounded(
+        self, weight: np.ndarray, spec: WeightSpec, known: Curvature | None, *, clip: bool = True
+    ) -> tuple[np.ndarray, float]:
+        """A weight ``[N, K]`` after rounding, float32, and the sum of its losses as in `losses`.
+
+        Without `clip` no better grid is searched than that between the extremes of each group, which takes longest.
+        """
+        grid = self._grid(weight, spec, known) if clip else min_max_grid(weight, spec)
+        if known is not None and self.sweeps:
+            codes, loss = sweep(weight, known.factor, grid, spec, known.order)
+            return _decoded(codes, grid, spec), float(loss.sum())
+        decoded = _decoded(quantize(weight, grid, spec), grid, spec)
+        return decoded, float(_row_losses(weight - decoded, known).sum())
+
+    def _grid(self, weight: np.ndarray, spec: WeightSpec, known: Curvature | None) -> Grid:
+        if not self.sweeps or spec.bits == 8:  # at 8 bits there is nothing to gain by clipping
+            return min_max_grid(weight, spec)
+        return clip_grid(weight, spec, known.importance if known is not None else None)
+
+
+def _decoded(codes: np.ndarray, grid: Grid, spec: WeightSpec) -> np.ndarray:
+    return dequantize(codes, grid.scale, grid.zero_point, spec.group_size)
+
+
+def _row_losses(error: np.ndarray, known: Curvature | None) -> np.ndarray:
+    """The diagonal of ``E H E^T``, float64 ``[N]``."""
+    moved = error if known is None else error[:, known.order] @ known.factor
+    return np.asarray(np.einsum("nk,nk->n", moved, moved, dtype=np.float64))
