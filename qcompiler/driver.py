@@ -88,7 +88,6 @@ def compile_model(
         model = load_model(source)
         place = _Place.of(source, Path(output) if output is not None else Path(temporary) / "model.onnx")
         place.check(model, force=config.force)
-        _check_drawing(config)
         store = Checkpoints(Path(config.checkpoint)) if config.checkpoint is not None else None
         config, excluded = _without_worst(source, config, pipeline_text)
         before = stored_bytes(model)
@@ -238,7 +237,9 @@ def _configured(
         options = {"plan": replace(config.plan, default=parsed), **options}
     if calibration is not None:
         options["calibration"] = calibration
-    return replace(config, **options)
+    config = replace(config, **options)
+    _check_drawing(config)
+    return config
 
 
 def _instruments(config: CompileConfig) -> list[Instrument]:

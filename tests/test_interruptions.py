@@ -42,7 +42,7 @@ qcompile()
 GPTQ = ("--scheme", "w4a16-g32", "--samples", 4, "--sequence-length", 64)
 LEARNED = (
     "--samples", 8, "--sequence-length", 32, "--algorithm",
-    "gptq{drift=0.5},learned_rounding{steps=3,narrow=2,distill=4}", "--scheme", "w4a16-g32",
+    "gptq{drift=0.5},learned_rounding{steps=3,narrow=2,distill=4,both=true}", "--scheme", "w4a16-g32",
 )  # fmt: skip
 # How many checkpoints they store: of 17 groups of sites and the 16 boundaries between these; then of 3 blocks and the 3
 # boundaries in front of them; then 4 boundaries, 4 states of the descent, and its result.
