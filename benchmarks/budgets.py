@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path)
     parser.add_argument("--only", default="", metavar="TEXT", help="rows whose names hold this, e.g. '100 %%'")
-    parser.add_argument("--algorithm", metavar="TEXT", help="of all rows (default: the command's, gptq)")
+    parser.add_argument("--algorithm", metavar="TEXT", help="of all rows (default: the command's)")
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="for outputs and logs, kept")
     parser.add_argument("--save", type=Path, metavar="FILE", help="append each row to this file as a line of JSON")
     args = parser.parse_args()
