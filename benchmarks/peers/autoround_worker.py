@@ -1,5 +1,7 @@
 """Runs inside auto-round's environment: learned rounding of a transformers folder, dequantized weights out as .npz.
 
+Where the processor has bfloat16 the tool computes in it, and the weights that come out are rounded to it.
+
 usage: python autoround_worker.py HF_DIR TOKENS.npy ROWS GROUP {sym,asym} ITERATIONS OUT.npz
 """
 
@@ -8,6 +10,7 @@ import sys
 import numpy as np
 import torch
 from auto_round import AutoRound
+from auto_round.schemes import QuantizationScheme
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -22,7 +25,7 @@ def main() -> None:
     tool = AutoRound(
         model,
         AutoTokenizer.from_pretrained(folder),
-        scheme={"bits": 4, "group_size": int(group), "sym": kind == "sym"},
+        scheme=QuantizationScheme(bits=4, group_size=int(group), sym=kind == "sym"),
         dataset=list(chosen[:, None]),
         iters=int(iterations),
         seqlen=chosen.shape[1],
