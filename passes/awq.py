@@ -18,24 +18,24 @@ Shapes: X ``[T, K]``; W, D ``[N, K]``; H ``[K, K]``; s ``[K]``.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx_ir as ir
 
 from qcompiler.errors import NumericsError, SchemeError
 from qcompiler.foldings import Folding
-from qcompiler.graph import input_feature_axis, read_weight
+from qcompiler.graph import Site, read_weight
 from qcompiler.numerics.affine import WeightSpec, clip_grid, dequantize, min_max_grid, quantize
 from qcompiler.numerics.formats import float8_values
-from qcompiler.numerics.rows import feature_rows
 from qcompiler.numerics.second_order import row_losses
-from qcompiler.observing import Collector
-from qcompiler.passes.base import site_spec
+from qcompiler.passes.base import site_spec, streaming
 from qcompiler.records import SiteRecord
 from qcompiler.rescaling import RescalingPass, open_sites
-from qcompiler.statistics import Hessian
+from qcompiler.segments import plan_segments
+from qcompiler.statistics import LayerFacts
 
 __all__ = ["Awq", "awq_factors", "relative_magnitudes", "scaled_loss"]
 
@@ -127,18 +127,32 @@ class Awq(RescalingPass):
     paper = "Lin et al. 2023, arXiv:2306.00978"
     Options = Options
 
-    def held_bytes(self, folding: Folding) -> int:
-        """The Hessian, and the shares of the batches that are in flight."""
-        return (8 + 4 * (self.context.threads + 1)) * folding.channels**2
+    def rescale(self, model: ir.Model, foldings: Sequence[Folding]) -> dict[Folding, SiteRecord]:
+        """See `RescalingPass`; factors are chosen while data stream through the model, and folded in afterwards."""
+        at: dict[ir.Value, list[Folding]] = {}
+        for folding in foldings:
+            at.setdefault(folding.value, []).append(folding)
+        chosen: dict[Folding, tuple[SiteRecord, np.ndarray | None]] = {}
 
-    def start(self, folding: Folding) -> tuple[Sequence[Collector], Callable[[], SiteRecord]]:
-        """See `RescalingPass`."""
-        moments = _Moments(folding.channels, input_feature_axis(folding.sites[0]))
-        return [moments], lambda: self._scale(folding, moments)
+        def on_sites(sites: list[Site], facts: LayerFacts) -> None:
+            for folding in at.get(sites[0].input, ()):
+                chosen[folding] = self._factors(folding, facts)
 
-    def _scale(self, folding: Folding, moments: "_Moments") -> SiteRecord:
+        if foldings:
+            levels = plan_segments(model, [folding.sites[0] for folding in foldings])
+            run = streaming(self.context, self.name, sequential=False)
+            run.run(model, levels, self.context.batches, on_sites)
+        for folding in foldings:
+            factors = chosen[folding][1]
+            if factors is not None:
+                folding.apply(factors)
+        return {folding: record for folding, (record, _) in chosen.items()}
+
+    def _factors(self, folding: Folding, facts: LayerFacts) -> tuple[SiteRecord, np.ndarray | None]:
+        """What becomes of a folding, and its factors if there are any that lessen the error."""
         first, *others = folding.sites
-        hessian = moments.hessian.facts(first.name).hessian.astype(np.float32)
+        hessian, means = facts.hessian.astype(np.float32), facts.means
+        assert means is not None
         readers = [(read_weight(site), site_spec(site, self.context.config)) for site in open_sites(folding.sites)]
         if not all(np.isfinite(np.sum(weight, dtype=np.float64)) for weight, _ in readers):
             raise NumericsError(
@@ -158,7 +172,7 @@ class Awq(RescalingPass):
 
         energy = sum(share * float(row_losses(weight, hessian).sum()) for weight, share, _ in samples)
         ratios = [step / self.options.steps for step in range(self.options.steps)]
-        tried = [folding.tie(awq_factors(moments.means, magnitudes, ratio)) for ratio in ratios]
+        tried = [folding.tie(awq_factors(means, magnitudes, ratio)) for ratio in ratios]
         with ThreadPoolExecutor(self.context.threads) as pool:
             plain, *losses = pool.map(loss, [np.ones(folding.channels), *tried])
         best = int(np.argmin(losses))
@@ -169,12 +183,11 @@ class Awq(RescalingPass):
         }
         logger.debug("%s: exponent %g, largest factor %g", first.name, ratio, s.max())
         if least >= plain:
-            return SiteRecord(first.name, "skipped", reason="no exponent lessens the error", metrics=metrics)
-        folding.apply(s)
+            return SiteRecord(first.name, "skipped", reason="no exponent lessens the error", metrics=metrics), None
         metrics |= {"ratio": ratio, "largest_factor": float(s.max())}
         remarks = [f"scaled with {', '.join(site.name for site in others)}"] if others else []
         remarks += [f"the cache {name} is scaled" for name in folding.caches]
-        return SiteRecord(first.name, "scaled", "", "; ".join(remarks), metrics)
+        return SiteRecord(first.name, "scaled", "", "; ".join(remarks), metrics), s
 
 
 def _sample(weight: np.ndarray, spec: WeightSpec, rows: int) -> tuple[np.ndarray, float]:
@@ -182,25 +195,3 @@ def _sample(weight: np.ndarray, spec: WeightSpec, rows: int) -> tuple[np.ndarray
     if spec.head_size or len(weight) <= rows:
         return weight, 1.0
     return weight[np.linspace(0, len(weight) - 1, rows).astype(int)], len(weight) / rows
-
-
-class _Moments:
-    """Collects X^T X and mean|X| of an activation X ``[T, K]``."""
-
-    def __init__(self, channels: int, axis: int) -> None:
-        self._axis = axis
-        self.hessian = Hessian(channels)
-        self._sums = np.zeros(channels)
-
-    def part(self, values: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
-        rows = feature_rows(values, self._axis)
-        return *self.hessian.product(rows), np.abs(rows).sum(0, dtype=np.float64)
-
-    def add(self, part: tuple[np.ndarray, int, np.ndarray]) -> None:
-        self.hessian.add(*part[:2])
-        self._sums += part[2]
-
-    @property
-    def means(self) -> np.ndarray:
-        """float64 [K]."""
-        return self._sums / max(1, self.hessian.tokens)

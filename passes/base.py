@@ -25,7 +25,7 @@ from qcompiler.segments import plan_segments
 from qcompiler.session import Feeds
 from qcompiler.sites import find_sites
 from qcompiler.statistics import LayerFacts
-from qcompiler.streaming import Reading, Streaming
+from qcompiler.streaming import Reading, Streaming, TokenCounts
 
 __all__ = [
     "WEIGHTS",
@@ -244,6 +244,10 @@ class WeightQuantizer(QuantPass):
     def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
         """Quantize a weight float32 ``[N, K]``; `facts` is None where no activations were measured."""
 
+    def facts_of(self, _sites: Sequence[Site], facts: LayerFacts | None) -> LayerFacts | None:
+        """What is known of the activation that sites read, and of what they compute from it."""
+        return facts
+
     def quantize_sites(self, sites: Sequence[Site], facts: LayerFacts | None, remark: str = "") -> list[SiteRecord]:
         """Quantize sites that read the same activation and have the same spec, stacked into one weight."""
         weights = [checked_weight(site) for site in sites]
@@ -252,6 +256,7 @@ class WeightQuantizer(QuantPass):
     def _stacked(self, sites: Sequence[Site], weights: list[np.ndarray], facts: LayerFacts | None) -> Quantized:
         """The result for the weights of `sites` one above the other."""
         spec = site_spec(sites[0], self.context.config)
+        facts = self.facts_of(sites, facts)
         try:
             return self.quantize(np.concatenate(weights) if len(weights) > 1 else weights[0], spec, facts)
         except NumericsError as error:
@@ -339,6 +344,11 @@ class SegmentPass(WeightQuantizer):
         """Whether `LayerFacts.drift` is to be measured, which takes another run of the float model beside."""
         return False
 
+    @property
+    def guidance(self) -> TokenCounts | None:
+        """What tells how much tokens count, while the pass runs; None counts all the same."""
+        return None
+
     def call(self, model: ir.Model) -> QuantPassResult:
         """Quantize what has no activations to measure, then level by level what has.
 
@@ -359,7 +369,8 @@ class SegmentPass(WeightQuantizer):
                 for group in self.by_spec(sites):
                     records.extend(self._remembered(group, reading))
 
-            run = streaming(context, self.name, sequential=context.config.sequential, drift=self.wants_drift)
+            how = streaming(context, self.name, sequential=context.config.sequential, drift=self.wants_drift)
+            run = dataclasses.replace(how, guidance=self.guidance)
             run.visit(model, plan_segments(model, measured), context.calibration.batches, on_reading)
         return QuantPassResult(model, bool(records), tuple(records))
 

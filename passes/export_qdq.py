@@ -33,7 +33,7 @@ import onnx_ir as ir
 from qcompiler.config import CompileConfig
 from qcompiler.errors import PassError
 from qcompiler.graph import PASS_KEY, Site, constant_array
-from qcompiler.lowering import add_constant, make_node, replace_nodes
+from qcompiler.lowering import add_constant, make_node, replace_nodes, width_note
 from qcompiler.lowering_qdq import (
     Constants,
     channel_constants,
@@ -144,9 +144,10 @@ class ExportQdq(QuantPass):
         decode = self._node(site, "DequantizeLinear", inputs, **attributes)
         graph_of(site).insert_before(site.node, [*before, decode])
         self._read_columns(site, decode.outputs[0], integers=integers)
-        note = f"DequantizeLinear of {code_dtype(tensor, width).name.lower()}, {_form(tensor)}"
-        if width != tensor.spec.bits:
-            note += f", holding {tensor.spec.bits}-bit codes because N = {tensor.rows} is no multiple of 4"
+        kind, held = code_dtype(tensor, width).name.lower(), width_note(tensor.spec, width)
+        note = f"DequantizeLinear of {kind}, {_form(tensor)}{held}"
+        if width != tensor.spec.format.container:
+            note += f" because N = {tensor.rows} is no multiple of 4"
         return note if table is None else f"{note}, codes shared with the lookup table"
 
     def _turned(self, site: Site, tensor: QuantizedTensor, table: Constants) -> list[list[ir.Node]]:

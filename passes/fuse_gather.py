@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
 from qcompiler.graph import Site
-from qcompiler.lowering import add_constant, block_constants, make_node, replace_nodes
+from qcompiler.lowering import add_constant, block_constants, make_node, replace_nodes, width_note
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, scheme_text
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
@@ -42,6 +42,7 @@ class FuseGather(QuantPass):
                 continue
             self._rewrite(site, tensor)
             note = f"GatherBlockQuantized, block {block_size(tensor.spec, tensor.columns)}"
+            note += width_note(tensor.spec, tensor.spec.format.container)
             records.append(SiteRecord(site.name, "fused", scheme_text(site), note))
         if records:
             model.graph.opset_imports.setdefault("com.microsoft", 1)
@@ -51,7 +52,8 @@ class FuseGather(QuantPass):
         node, graph = site.node, site.node.graph
         assert graph is not None
         size = block_size(tensor.spec, tensor.columns)
-        attributes = {"bits": tensor.spec.bits, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
+        width = tensor.spec.format.container
+        attributes = {"bits": width, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
         table, scales, zero_points = block_constants(site, flat=True)
         inputs = [table, site.input, scales, zero_points]
         new = [make_node(graph, "GatherBlockQuantized", inputs, attributes, node, self.name, domain="com.microsoft")]

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
 from qcompiler.graph import Site
-from qcompiler.lowering import block_constants, make_node, replace_nodes
+from qcompiler.lowering import block_constants, make_node, replace_nodes, width_note
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, scheme_text, site_scheme
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
@@ -43,6 +43,7 @@ class FuseMatMulNBits(QuantPass):
                 continue
             level = self._rewrite(site, tensor)
             note = f"MatMulNBits, block {block_size(tensor.spec, tensor.columns)}, accuracy level {level}"
+            note += width_note(tensor.spec, tensor.spec.format.container)
             records.append(SiteRecord(site.name, "fused", scheme_text(site), note))
         if records:
             model.graph.opset_imports.setdefault("com.microsoft", 1)
@@ -60,7 +61,7 @@ class FuseMatMulNBits(QuantPass):
         attributes = {
             "K": tensor.columns,
             "N": tensor.rows,
-            "bits": tensor.spec.bits,
+            "bits": tensor.spec.format.container,
             "block_size": block_size(tensor.spec, tensor.columns),
             "accuracy_level": level,
         }

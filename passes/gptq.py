@@ -14,20 +14,36 @@ their round-to-nearest codes.
 
 With `drift`, the layers before are made up for too ("asymmetric calibration": Li et al. 2025, arXiv:2504.02692). Wanted
 is the product of the float weight with the float model's activation x_f, and the sweep starts from what is next to it
-in the quantized model, W + drift W D H^-1 with D = sum (x_f - x) x^T, in the place of W (see `second_order.shift`). How
-much of that holds on batches that it was not found on is measured, and no more is taken.
+in the quantized model, W + drift W D H^-1 with D = sum (x_f - x) x^T, in the place of W (see `second_order.shift`).
+What the product is added to, as the residual stream behind attention, has moved away from the float model too, and that
+is made up for with it. How much of either holds on batches that it was not found on is measured, and no more is taken.
 That runs the float model beside, which takes twice the time and memory of calibration.
+
+With `guided`, what counts is not the error of each product but what becomes of it in the model's answer: tokens count
+by the gradients g that arrive at the layer's output (Kim et al. 2025, arXiv:2505.07004), and rows are related by G, the
+sum of g g^T (Tseng et al. 2025, arXiv:2505.22988; see `numerics.coupled` and `tuning.fisher`):
+
+    minimize  tr((W - Q) H (W - Q)^T G),   H = sum over tokens of |g|^2 x x^T
+
+(and 2/5 of H with all tokens counting the same: few of them would make up most of it).
+The gradients are those of the model as it is when the pass begins, for one pass forward and back in PyTorch.
 
 Shapes: W, Q ``[N, K]``; H ``[K, K]``; scale, zero point ``[N, G]``.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import onnx_ir as ir
 
 from qcompiler.errors import NumericsError, SchemeError
+from qcompiler.extras import require_torch
+from qcompiler.graph import Site
+from qcompiler.guidance import Guidance, guidance
 from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, dequantize, min_max_grid, quantize
+from qcompiler.numerics.coupled import descend_coupled, refit_coupled, sweep_coupled
 from qcompiler.numerics.second_order import (
     damped,
     descend,
@@ -39,7 +55,7 @@ from qcompiler.numerics.second_order import (
     sweep_groups,
     upper_factor,
 )
-from qcompiler.passes.base import SegmentPass
+from qcompiler.passes.base import QuantPassResult, SegmentPass, streaming
 from qcompiler.quantized import Quantized
 from qcompiler.statistics import LayerFacts
 
@@ -60,6 +76,11 @@ class Options:
     drift: float = field(
         default=0.0, metadata={"help": "share of the error of the layers before that is made up for, 0 to 1"}
     )
+    guided: bool = field(
+        default=False, metadata={"help": "weigh tokens and outputs by how much the model's answer hangs on them"}
+    )
+    draws: int = field(default=1, metadata={"help": "answers that are drawn for each row of data, where guided"})
+    outdamp: float = field(default=1.0, metadata={"help": "damping of what relates outputs, as a fraction of diag(G)"})
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
@@ -68,6 +89,10 @@ class Options:
         if self.refine < 0 or self.lazy_block < 1:
             raise SchemeError(
                 f"pass gptq: refine={self.refine} and lazy_block={self.lazy_block} have to be at least 0 and 1"
+            )
+        if self.draws < 1 or self.outdamp <= 0:
+            raise SchemeError(
+                f"pass gptq: draws={self.draws} and outdamp={self.outdamp:g} have to be at least 1 and above 0"
             )
         if not 0 <= self.drift <= 1:
             raise SchemeError(f"pass gptq: drift={self.drift:g} is not between 0 and 1")
@@ -80,17 +105,41 @@ class Gptq(SegmentPass):
     2. A lookup table or a site inside a control-flow body has no Hessian: it is rounded to nearest on a clipped grid.
     3. The groups of a convolution have a Hessian each and are swept side by side.
     4. `drift` has no effect on these, nor where weights are measured on the float model (--no-sequential).
-    5. Where the damped Hessian cannot be factored, damping grows tenfold, is reported, and past 1.0 is an error.
+    5. Where `guided` cannot be followed, since PyTorch cannot run the model or no gradient arrives, records say so, and
+       all tokens count the same.
+    6. Where the damped Hessian cannot be factored, damping grows tenfold, is reported, and past 1.0 is an error.
     """
 
     name = "gptq"
-    paper = "Frantar et al. 2022, arXiv:2210.17323"
+    paper = "Frantar et al. 2022, arXiv:2210.17323; guided: arXiv:2505.07004, arXiv:2505.22988"
     Options = Options
+
+    guidance: Guidance | None = None
 
     @property
     def wants_drift(self) -> bool:
         """See `SegmentPass`."""
         return bool(self.options.drift > 0)
+
+    def call(self, model: ir.Model) -> QuantPassResult:
+        """Measure what guides, if that is wanted, then quantize; see `SegmentPass`."""
+        if not self.options.guided or not len(self.context.batches):
+            return super().call(model)
+        require_torch("gptq{guided=true}", "or leave it out")
+        context, draws = self.context, self.options.draws
+        how = streaming(context, "guidance", sequential=False)
+        with guidance(model, context.batches, how, draws=draws, seed=context.config.seed) as self.guidance:
+            try:
+                return super().call(model)
+            finally:
+                self.guidance = None
+
+    def facts_of(self, sites: Sequence[Site], facts: LayerFacts | None) -> LayerFacts | None:
+        """See `WeightQuantizer`."""
+        guide = self.guidance
+        if facts is None or guide is None or not all(guide.knows(site) for site in sites):
+            return facts
+        return replace(facts, curvatures=[each for site in sites for each in guide.curvatures(site)])
 
     def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
         """Quantize a weight ``[N, K]``."""
@@ -100,7 +149,9 @@ class Gptq(SegmentPass):
             remark = "8-bit floats are rounded to nearest" if spec.fp8 and facts is not None else ""
             return Quantized(quantize(weight, grid, spec, threads), grid, remark)
         if facts.hessian.ndim == 3:
-            return self._quantize_groups(weight, spec, facts.hessian)
+            result = self._quantize_groups(weight, spec, facts.hessian)
+            return replace(result, remark="; ".join(filter(None, (result.remark, self._unguided(facts)))))
+        related = self._related(facts)
         weight = self._shifted(weight, facts)
         importance = np.diagonal(facts.hessian).astype(np.float32)
         order = np.argsort(-importance, kind="stable") if self.options.act_order else np.arange(len(importance))
@@ -113,25 +164,50 @@ class Gptq(SegmentPass):
                 else min_max_grid(weight, spec, threads)
             )
             factor, damping = factored.result()
-            codes, loss = sweep(weight, factor, grid, spec, order, self.options.lazy_block)
+            codes, loss = self._swept(weight, factor, grid, spec, order, related)
             energy = summed.result()
         if self.options.refine:
-            codes, grid, loss = self._refined(weight, codes, damped(facts.hessian, damping), grid, spec)
-        remark = "" if damping == self.options.percdamp else f"damping grew to {damping:g}"
-        return Quantized(codes, grid, remark, loss, energy)
+            codes, grid, loss = self._refined(weight, codes, damped(facts.hessian, damping), grid, spec, related)
+        grown = "" if damping == self.options.percdamp else f"damping grew to {damping:g}"
+        return Quantized(codes, grid, "; ".join(filter(None, (grown, self._unguided(facts)))), loss, energy)
+
+    def _unguided(self, facts: LayerFacts) -> str:
+        """Why a site is not guided, where that was wanted; empty if it is."""
+        if self.guidance is None or facts.curvatures is not None:
+            return ""
+        return f"not guided: {self.guidance.problem or 'no gradient of the answer is known there'}"
+
+    def _swept(
+        self,
+        weight: np.ndarray,
+        factor: np.ndarray,
+        grid: Grid,
+        spec: WeightSpec,
+        order: np.ndarray,
+        related: list[np.ndarray] | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and losses, rows being related or not."""
+        if related is None:
+            return sweep(weight, factor, grid, spec, order, self.options.lazy_block)
+        return sweep_coupled(weight, factor, related, grid, spec, order, self.options.lazy_block)
+
+    def _related(self, facts: LayerFacts) -> list[np.ndarray] | None:
+        """Damped G of the parts of a weight; None where rows are unrelated."""
+        return None if facts.curvatures is None else [damped(g, self.options.outdamp) for g in facts.curvatures]
 
     def _shifted(self, weight: np.ndarray, facts: LayerFacts) -> np.ndarray:
         """The weight that makes up for what the layers before did, as far as that holds on held-out data."""
         if facts.drift is None:
             return weight
-        share, part = self.options.drift, facts.held_out
+        share, part, residual = self.options.drift, facts.held_out, facts.residual
         if part is not None and part.drift is not None:
             rest = damped(facts.hessian - part.hessian, self.options.percdamp)
-            found = shift(weight, facts.drift - part.drift, rest)
-            share *= supported_share(weight, found, part.drift, part.hessian)
+            apart = None if residual is None or part.residual is None else residual - part.residual
+            found = shift(weight, facts.drift - part.drift, rest, apart)
+            share *= supported_share(weight, found, part.drift, part.hessian, part.residual)
         if not share:
             return weight
-        change = shift(weight, facts.drift, damped(facts.hessian, self.options.percdamp))
+        change = shift(weight, facts.drift, damped(facts.hessian, self.options.percdamp), residual)
         return np.asarray(weight + np.float32(share) * change)
 
     def _quantize_groups(self, weight: np.ndarray, spec: WeightSpec, hessians: np.ndarray) -> Quantized:
@@ -168,15 +244,25 @@ class Gptq(SegmentPass):
         return Quantized(codes, grid, remark, loss, energy)
 
     def _refined(
-        self, weight: np.ndarray, codes: np.ndarray, hessian: np.ndarray, grid: Grid, spec: WeightSpec
+        self,
+        weight: np.ndarray,
+        codes: np.ndarray,
+        hessian: np.ndarray,
+        grid: Grid,
+        spec: WeightSpec,
+        related: Sequence[np.ndarray] | None = None,
     ) -> tuple[np.ndarray, Grid, np.ndarray]:
         """The codes, the grid and the loss of each row after the rounds of scale refit and coordinate descent."""
         hessian = hessian.astype(np.float32)
         unit = float(np.trace(hessian)) / len(hessian)
         hessian /= unit
         for _ in range(self.options.refine):
-            grid = refit_scales(weight, codes, hessian, grid, spec)
-            codes = descend(weight, codes, hessian, grid, spec, self.options.lazy_block)
+            if related is None:
+                grid = refit_scales(weight, codes, hessian, grid, spec)
+                codes = descend(weight, codes, hessian, grid, spec, self.options.lazy_block)
+            else:
+                grid = refit_coupled(weight, codes, hessian, related, grid, spec)
+                codes = descend_coupled(weight, codes, hessian, related, grid, spec, self.options.lazy_block)
         error = weight - dequantize(codes, grid.scale, grid.zero_point, spec.group_size)
         return codes, grid, row_losses(error, hessian) * unit
 

@@ -22,7 +22,8 @@ import onnx_ir as ir
 
 from qcompiler.blocks import TwoStreams, learned_outputs, plan_blocks, single_rows
 from qcompiler.checkpoints import Arrays, Periodic, digest_of
-from qcompiler.errors import CalibrationError, PassError, SchemeError
+from qcompiler.errors import CalibrationError, SchemeError
+from qcompiler.extras import require_torch
 from qcompiler.graph import SCHEME_KEY, Site
 from qcompiler.numerics.affine import WeightSpec, clip_grid, quantize
 from qcompiler.passes.base import QuantPassResult, WeightQuantizer, assigned_sites, scheme_text
@@ -110,7 +111,7 @@ class LearnedRounding(WeightQuantizer):
 
     def call(self, model: ir.Model) -> QuantPassResult:
         """Quantize what is float, tune block by block, then through the whole model if that is wanted."""
-        _require_torch()
+        require_torch(self.name, "or use gptq")
         from qcompiler.tuning import tuning_problem, whole_problem
 
         sites = _planned_sites(model)
@@ -286,17 +287,6 @@ class LearnedRounding(WeightQuantizer):
     def _scratch(self) -> Scratch:
         most = self.context.config.max_memory
         return Scratch(most // 4 if most else None)
-
-
-def _require_torch() -> None:
-    """Say what is missing before anything is measured."""
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise PassError(
-            "learned_rounding needs the package torch, which cannot be imported; pip install 'onnx-qcompiler[torch]', "
-            "or use gptq"
-        ) from error
 
 
 def _planned_sites(model: ir.Model) -> list[Site]:

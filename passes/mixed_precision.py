@@ -18,8 +18,10 @@ formats; lookup tables are weighed by ||W - Q||^2 in the place of 1.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
+from qcompiler.checkpoints import Arrays, code_version, digest_of
 from qcompiler.config import CompileConfig
 from qcompiler.errors import CalibrationError, ModelError, SchemeError
 from qcompiler.graph import SCHEME_KEY, Site
@@ -29,7 +31,9 @@ from qcompiler.numerics.allocation import Choice, allocate, cheapest, efficient,
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, assigned_sites, site_scheme
 from qcompiler.records import SiteRecord
 from qcompiler.scratch import Scratch
+from qcompiler.segments import constants_of, whole_model
 from qcompiler.sites import find_sites
+from qcompiler.waypoints import Waypoints
 
 __all__ = ["MixedPrecision"]
 
@@ -69,7 +73,7 @@ class MixedPrecision(QuantPass):
 
     name = "mixed_precision"
     stage = Stage.TRANSFORM
-    after = ("awq", "equalize", "rotate", "smooth_conv", "smoothquant")
+    after = ("awq", "equalize", "reorder", "rotate", "smooth_conv", "smoothquant")
     needs_calibration = True
     Options = Options
 
@@ -80,13 +84,34 @@ class MixedPrecision(QuantPass):
 
     def call(self, model: ir.Model) -> QuantPassResult:
         """Measure, choose, try and write the schemes."""
-        config, calibration = self.context.config, self.context.calibration
+        calibration = self.context.calibration
         if calibration is None or not len(calibration.batches):
             raise CalibrationError("a budget is spent by what data show; give --calibration PATH")
         opset = model.graph.opset_imports.get("", 0)
         sites = [one for site in assigned_sites(model) if (one := self._mixed(site, opset)) is not None]
         if not sites:
             raise ModelError("mixed_precision: there is no weight-only site to choose formats for")
+        kept = self.context.remember(
+            self.name, len(sites), lambda: self._key(model, sites), lambda: self._planned(model, sites)
+        )
+        losses = np.split(kept["losses"], np.cumsum([len(one.schemes) for one in sites])[:-1])
+        for one, listed, (loss, cost) in zip(sites, losses, kept["trials"].tolist(), strict=True):
+            one.losses, one.trial_loss, one.trial_cost = listed.tolist(), loss, cost
+        units, chosen, note = units_of(sites, self.options.units), kept["chosen"].tolist(), kept["note"].tobytes()
+        users: dict[ir.Value, list[ir.Node]] = {}
+        for site in find_sites(model)[0]:
+            if SCHEME_KEY in site.node.metadata_props:
+                users.setdefault(site.weight, []).append(site.node)
+        records = [record for unit, index in zip(units, chosen, strict=True) for record in _assign(unit, index, users)]
+        weights = sum(one.weights for one in sites)
+        choices = [unit.choices for unit in units]
+        points = [(point, 0.0) for point in frontier(choices, _POINTS)] + [(totals(choices, chosen), 1.0)]
+        records += [_point(point, weights, chosen=mark) for point, mark in points]
+        return QuantPassResult(model, True, (SiteRecord(self.name, "rewritten", reason=note.decode()), *records))
+
+    def _planned(self, model: ir.Model, sites: Sequence[MixedSite]) -> Arrays:
+        """What was measured of the sites, the index of each unit's format, and what was done in words."""
+        config = self.context.config
         with Scratch(min(config.max_memory or _KEPT, _KEPT) // 4) as scratch:
             trials = Trials(self.context, model, sites, scratch)
             trials.measure(self.options.rows, self.options.batches, self.options.probes, self.options.tokens)
@@ -99,16 +124,26 @@ class MixedPrecision(QuantPass):
                     f"where {budget / 8e6:.2f} MB are left for them; give a larger budget, or let more be quantized"
                 )
             chosen, note = self._chosen(units, budget, trials)
-        users: dict[ir.Value, list[ir.Node]] = {}
-        for site in find_sites(model)[0]:
-            if SCHEME_KEY in site.node.metadata_props:
-                users.setdefault(site.weight, []).append(site.node)
-        records = [record for unit, index in zip(units, chosen, strict=True) for record in _assign(unit, index, users)]
-        weights = sum(one.weights for one in sites)
-        choices = [unit.choices for unit in units]
-        points = [(point, 0.0) for point in frontier(choices, _POINTS)] + [(totals(choices, chosen), 1.0)]
-        records += [_point(point, weights, chosen=mark) for point, mark in points]
-        return QuantPassResult(model, True, (SiteRecord(self.name, "rewritten", reason=note), *records))
+        return {
+            "losses": np.concatenate([one.losses for one in sites]),
+            "trials": np.array([(one.trial_loss, one.trial_cost) for one in sites]),
+            "chosen": np.array(chosen, np.int64),
+            "note": np.frombuffer(note.encode(), np.uint8),
+        }
+
+    def _key(self, model: ir.Model, sites: Sequence[MixedSite]) -> str:
+        """The hash of all that the plan follows from."""
+        config, calibration = self.context.config, self.context.calibration
+        whole = whole_model(model)
+        waypoints = Waypoints(self.context.checkpoints, model, calibration.batches, config.provider, 1)
+        return waypoints.segment(
+            whole,
+            [constants_of(whole.nodes)],
+            digest_of("plan", code_version(), str(self), config.algorithms, config.budgets, config.float16),
+            [digest_of(sorted(feeds.items())) for feeds in calibration.held_out],
+            [(one.site.name, str(one.asked), [str(each) for each in one.schemes], one.sizes) for one in sites],
+            [(site.name, str(site_scheme(site))) for site in assigned_sites(model)],
+        )
 
     def _mixed(self, site: Site, opset: int) -> MixedSite | None:
         """The site with the formats that it may get; None where it keeps the one it has."""

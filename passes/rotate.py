@@ -34,15 +34,24 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.errors import SchemeError
-from qcompiler.foldings import Folding, find_foldings
-from qcompiler.foldings.rules import label
+from qcompiler.foldings import find_foldings
 from qcompiler.foldings.shapes import BlockedError
 from qcompiler.graph import Site, constant_array
 from qcompiler.lowering import add_constant, append_nodes, make_node
 from qcompiler.numerics.hadamard import orthogonal, random_hadamard
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
 from qcompiler.records import SiteRecord
-from qcompiler.rotation import Changes, Gain, HeadPlan, Mix, Reader, Stream, find_streams, plan_heads, reads_attention
+from qcompiler.rotation import (
+    Changes,
+    Gain,
+    Mix,
+    Reader,
+    Stream,
+    find_streams,
+    linear_heads,
+    mix_heads,
+    reads_attention,
+)
 from qcompiler.sites import find_sites
 
 __all__ = ["Rotate"]
@@ -187,7 +196,7 @@ class Rotate(QuantPass):
                 continue
             name = folding.sites[0].name
             try:
-                plan = _plan(folding)
+                plan = linear_heads(folding)
             except BlockedError as blocked:
                 yield SiteRecord(name, "skipped", reason=f"values not rotated: {blocked}")
                 continue
@@ -197,43 +206,11 @@ class Rotate(QuantPass):
             for _ in range(groups):
                 matrix, known = random_hadamard(size, generator)
                 drawn.append(matrix)
-            _mix_heads(plan, np.array(drawn), changes)
+            mix_heads(plan, np.array(drawn), changes)
             kind = "Hadamard" if known else "orthogonal"
             parts = [f"values of '{plan.source.name}' rotated in {groups} heads by {kind} matrices of order {size}"]
             parts += [f"the cache {cache} is rotated" for cache in folding.caches]
             yield SiteRecord(name, "rewritten", reason="; ".join(parts))
-
-
-def _plan(folding: Folding) -> HeadPlan:
-    """The heads that the folding's channels make up; raises BlockedError."""
-    if not folding.legal:
-        raise BlockedError(folding.reason)
-    plan = plan_heads(folding)
-    for site in (plan.source, *plan.readers):
-        if site.node.op_type == "Conv":
-            raise BlockedError(f"{label(site.node)} is a convolution")
-        if site.nested:
-            raise BlockedError(f"'{site.name}' is inside the body of {site.nested}")
-    if plan.heads.shape[1] < 2:
-        raise BlockedError("its heads have one channel")
-    return plan
-
-
-def _mix_heads(plan: HeadPlan, matrices: np.ndarray, changes: Changes) -> None:
-    """Note what becomes of the constants around an attention; matrices ``[G, D, D]``."""
-    changes.rows(plan.source, Mix(plan.heads, matrices))
-    columns = Mix(plan.columns, matrices[plan.owner])
-    for site in plan.readers:
-        changes.columns(site, columns)
-    for node, index, ids in plan.constants:
-        array = _array((node, index)).astype(np.float64)
-        shape = array.shape
-        flat = np.broadcast_to(array.reshape(-1) if array.size > 1 else array.reshape(1), ids.size).copy()
-        place = np.full(plan.source.rows, -1)
-        places = ids.reshape(-1)
-        place[places[places >= 0]] = np.flatnonzero(places >= 0)
-        mixed = Mix(place[plan.heads], matrices).apply(flat)
-        changes.constant((node, index), mixed.reshape(shape if array.size == ids.size else ids.shape))
 
 
 def _rotated(array: np.ndarray, gain: Gain | None, matrix: np.ndarray) -> np.ndarray:

@@ -27,10 +27,11 @@ Shapes: X ``[T, K]``; W ``[N, K]``; s ``[K]``.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import onnx_ir as ir
 
 from qcompiler.collectors import ChannelRange, RowSample
 from qcompiler.errors import NumericsError, SchemeError
@@ -40,7 +41,7 @@ from qcompiler.numerics.activation import activation_grid, fake_quantize
 from qcompiler.numerics.affine import WeightSpec, dequantize, min_max_grid, quantize
 from qcompiler.numerics.formats import float8_values
 from qcompiler.observing import Collector
-from qcompiler.passes.base import explicit_activations, site_scheme, site_spec
+from qcompiler.passes.base import explicit_activations, site_scheme, site_spec, watch
 from qcompiler.records import SiteRecord
 from qcompiler.rescaling import RescalingPass
 from qcompiler.scheme import Activations
@@ -51,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 _EPSILON = 1e-5
 _STEPS = 20  # of alpha, in the search
+_HELD_BYTES = 1 << 29  # of sampled rows at a time, where no limit is given
 _WORTH = 0.5  # of the error that may be left where a multiplication is inserted
 
 
@@ -125,12 +127,35 @@ class SmoothQuant(RescalingPass):
         """See `RescalingPass`."""
         return bool(self.options.insert != "never")
 
-    def held_bytes(self, folding: Folding) -> int:
-        """The sampled rows."""
-        return 2 * 4 * self.options.rows * folding.channels if self._tries(folding) else 0
+    def rescale(self, model: ir.Model, foldings: Sequence[Folding]) -> dict[Folding, SiteRecord]:
+        """See `RescalingPass`; as many at a time as fit in memory."""
+        records: dict[Folding, SiteRecord] = {}
+        for group in self._groups(foldings):
+            started = {folding: self._start(folding) for folding in group}
+            # The model computes the same however many of its activations are rescaled already.
+            watch(self.context, self.name, model, {each.value: found for each, (found, _) in started.items()})
+            for folding in group:
+                records[folding] = started.pop(folding)[1]()
+        return records
 
-    def start(self, folding: Folding) -> tuple[Sequence[Collector], Callable[[], SiteRecord]]:
-        """See `RescalingPass`."""
+    def _groups(self, foldings: Sequence[Folding]) -> Iterator[list[Folding]]:
+        """Foldings whose sampled rows fit in memory together."""
+        limit = self.context.config.max_memory
+        room = limit // 4 if limit else _HELD_BYTES
+        group: list[Folding] = []
+        used = 0
+        for folding in foldings:
+            needed = 2 * 4 * self.options.rows * folding.channels if self._tries(folding) else 0
+            if group and used + needed > room:
+                yield group
+                group, used = [], 0
+            group.append(folding)
+            used += needed
+        if group:
+            yield group
+
+    def _start(self, folding: Folding) -> tuple[Sequence[Collector], Callable[[], SiteRecord]]:
+        """What measures a folding's activation, and what rescales it then if that betters anything."""
         axis = input_feature_axis(folding.sites[0])
         rows = RowSample(self.options.rows, axis) if self._tries(folding) else None
         known = ChannelRange(axis)

@@ -16,14 +16,15 @@ import onnx_ir as ir
 from qcompiler.calibration import row_mask
 from qcompiler.graph import Site
 from qcompiler.quantized import QuantizedTensor
+from qcompiler.readings import in_flight
 from qcompiler.scratch import Scratch
 from qcompiler.segments import Segment, Weights, constants_of, lent, plan_segments, read_values, segment_model
 from qcompiler.session import Feeds, OrtRunner
-from qcompiler.streaming import in_flight
 from qcompiler.waypoints import Waypoints
 
 __all__ = [
     "TwoStreams",
+    "answer_block",
     "float_weights",
     "join_levels",
     "learned_outputs",
@@ -141,6 +142,19 @@ def _block(model: ir.Model, sites: list[Site], before: list[str], wanted: list[s
         outputs=outputs,
         carried=[] if final else [name for name in wanted if name in given],
     )
+
+
+def answer_block(model: ir.Model, blocks: Sequence[Segment]) -> Segment:
+    """The last of the blocks, continued to what the model returns of it; it may read the model's inputs as well."""
+    last = blocks[-1]
+    reached = {output for site in last.sites for output in site.node.outputs}
+    for node in model.graph:
+        if any(value in reached for value in read_values(node)):
+            reached.update(node.outputs)
+    wanted = [value.name or "" for value in model.graph.outputs if value in reached]
+    given = [value.name or "" for value in model.graph.inputs if value.const_value is None]
+    before = [*blocks[-2].outputs, *blocks[-2].carried] if len(blocks) > 1 else []
+    return _block(model, last.sites, [*before, *given], wanted, final=True) if wanted else last
 
 
 def learned_outputs(block: Segment, sites: Sequence[Site]) -> list[str]:

@@ -116,7 +116,7 @@ compile_options = _all_of(
     click.option(
         "--accuracy-level",
         type=int,
-        help="MatMulNBits accuracy level. Default: 0 (exact) at 4 bits, 4 at 2 and 8 bits.",
+        help="MatMulNBits accuracy level. Default: 0 (exact) at 3 and 4 bits, 4 at 2 and 8 bits.",
     ),
     click.option("--opset", type=int, help="Raise the opset to this. Default: only where the output form needs it."),
     click.option(

@@ -202,8 +202,10 @@ def print_schemes() -> None:
     from qcompiler.numerics.formats import FORMATS
     from qcompiler.scheme import ALIASES, GROUP_SIZES
 
-    rows = []
+    rows, title = [], "Bits per weight at K = 4096"
     for bits in sorted(FORMATS):
+        if FORMATS[bits].container != bits:
+            title += f"; {bits}-bit codes are stored in {FORMATS[bits].container} bits"
         for size in (*GROUP_SIZES, 0):
             name = f"w{bits}a16" + (f"-g{size}" if size else "-channel")
             shown = [
@@ -212,7 +214,7 @@ def print_schemes() -> None:
                 for dtype in ("float32", "float16")
             ]
             rows.append((name, *shown))
-    _table("Bits per weight at K = 4096", ("scheme", "sym, fp32", "sym, fp16", "asym, fp32", "asym, fp16"), rows)
+    _table(title, ("scheme", "sym, fp32", "sym, fp16", "asym, fp32", "asym, fp16"), rows)
     _table("Aliases", ("alias", "means"), list(ALIASES.items()))
 
 

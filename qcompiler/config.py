@@ -30,7 +30,7 @@ class CompileConfig:
         effort: How much time the algorithms may take: a name from `EFFORTS`; None is balanced.
         target: The kind of runtime the form is chosen for.
         output_format: ``matmulnbits`` or ``qdq``.
-        accuracy_level: MatMulNBits' accuracy level; None chooses exact compute at 4 bits and level 4 at 2 and 8 bits.
+        accuracy_level: MatMulNBits' accuracy level; None chooses exact compute at 3 and 4 bits, level 4 at 2 and 8.
         opset: Raise the standard opset to this; None keeps the model's where the output form allows it.
         calibration: A path, or an iterable of feeds (input name -> array), or None.
         tokenizer: tokenizer.json for text calibration data.

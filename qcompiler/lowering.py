@@ -7,10 +7,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, Site, unique_name
-from qcompiler.numerics.packing import pack_codes, pack_matmul_nbits
+from qcompiler.numerics.affine import WeightSpec
+from qcompiler.numerics.formats import int_format
+from qcompiler.numerics.packing import centred, pack_codes, pack_matmul_nbits
 from qcompiler.targets import block_size
 
-__all__ = ["add_constant", "append_nodes", "block_constants", "make_node", "replace_nodes"]
+__all__ = ["add_constant", "append_nodes", "block_constants", "make_node", "replace_nodes", "width_note"]
 
 
 def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -19,6 +21,11 @@ def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def width_note(spec: WeightSpec, width: int) -> str:
+    """What a record says where codes are stored in `width` bits and are narrower; empty where they fill them."""
+    return f", holding {spec.bits}-bit codes" if width != spec.bits else ""
 
 
 def block_constants(site: Site, *, flat: bool = False) -> list[ir.Value | None]:
@@ -44,7 +51,10 @@ def block_constants(site: Site, *, flat: bool = False) -> list[ir.Value | None]:
         return made[suffix]
 
     if "blob" not in tensor.meta:
-        tensor.meta["blob"] = pack_matmul_nbits(tensor.packed, spec.bits, columns, size, spec.format.mid)
+        width, packed, padding = spec.format.container, tensor.packed, spec.format.mid
+        if tensor.zero_point is None:
+            packed, padding = centred(packed, spec.bits), int_format(width).mid
+        tensor.meta["blob"] = pack_matmul_nbits(packed, width, columns, size, padding)
     blob = tensor.meta["blob"]
     codes = constant("table", blob.reshape(len(blob), -1)) if flat else constant("codes", blob)
     spread = np.arange(blob.shape[1]) * size // spec.group_size  # block -> group

@@ -17,7 +17,8 @@ from qcompiler.targets import form_bytes, qdq_opset, site_refusal
 __all__ = ["UNITS", "MixedSite", "Unit", "fixed_bytes", "formats_of", "layer_of", "units_of"]
 
 UNITS = ("site", "reading", "layer")
-# Group sizes by width. Smaller ones than these take as much as a wider format of larger groups, and lose more.
+# Group sizes by width. Smaller ones than these take as much as a wider format of larger groups, and lose more; so do
+# 3-bit codes, which are stored in 4 bits.
 _LADDER = {2: (16, 32, 64, 128, 256), 4: (32, 64, 128, 256), 8: (64, 128, 256)}
 # What a file says about one constant beside its values: name, shape, type and place.
 _CONSTANT_BYTES = 200

@@ -17,9 +17,9 @@ import onnx_ir as ir
 from qcompiler.calibration import row_mask
 from qcompiler.errors import ModelError
 from qcompiler.numerics.rows import token_rows
+from qcompiler.readings import in_flight
 from qcompiler.segments import Segment, chain_parts, read_values, segment_model
 from qcompiler.session import Feeds, OrtRunner
-from qcompiler.streaming import in_flight
 
 __all__ = ["Chunks", "Collector", "observe"]
 

@@ -17,7 +17,7 @@ _STEP = re.compile(r"\s*([a-z_][a-z0-9_]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
 _EFFORTS = {
     "fast": ("rtn",),
     "balanced": ("gptq{drift=0.5}",),
-    "best": ("awq", "gptq{drift=0.5}", "learned_rounding{distill=160}"),
+    "best": ("awq", "reorder{gather=false}", "gptq{drift=0.8,guided=true,percdamp=0.2,refine=1}"),
 }
 
 

@@ -32,9 +32,9 @@ from qcompiler.numerics.metrics import ErrorSums, channel_products, error_sums, 
 from qcompiler.numerics.rows import split_heads, token_rows
 from qcompiler.observing import Chunks
 from qcompiler.propagation_graph import Layer, Tap, coded_layers, find_layers, find_taps
+from qcompiler.readings import in_flight
 from qcompiler.segments import Segment, segment_model
 from qcompiler.session import Feeds, InputSpec, OrtRunner
-from qcompiler.streaming import in_flight
 
 __all__ = ["LayerNoise", "Propagation", "propagate"]
 

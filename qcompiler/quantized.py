@@ -21,7 +21,8 @@ class QuantizedTensor(ir.LazyTensor):
     """Codes, scales and zero points of a weight of N rows (output channels) and K columns.
 
     Attributes:
-        packed: uint8 ``[N, ceil(K * bits / 8)]``, low bits first.
+        packed: uint8 ``[N, ceil(K * bits / 8)]`` from `pack_codes`, in the container's bits; the middle is the grid's,
+            not the container's (see `packing.centred`).
         scale: ``[N, G]`` in the stored dtype.
         zero_point: uint8 ``[N, G]``, or None where the zero is the middle code.
         spec: The format.
@@ -64,7 +65,8 @@ class QuantizedTensor(ir.LazyTensor):
     @property
     def stored_bytes(self) -> int:
         """Bytes of packed codes, scales and zero points together."""
-        zero_bytes = 0 if self.zero_point is None else self.rows * -(-self.zero_point.shape[1] * self.spec.bits // 8)
+        width = self.spec.format.container
+        zero_bytes = 0 if self.zero_point is None else self.rows * -(-self.zero_point.shape[1] * width // 8)
         scale_bytes = self.scale.size * storage_dtype(self.spec.scale_dtype).itemsize
         return int(self.packed.nbytes + scale_bytes + zero_bytes)
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.config import CompileConfig
+from qcompiler.numerics.formats import int_format
 from qcompiler.records import PassReport, SiteRecord
 from qcompiler.report_curve import PlanPoint
 from qcompiler.targets import IntegerRules, default_accuracy_level
@@ -185,6 +186,9 @@ def _describe(scheme: "Scheme | None", config: CompileConfig) -> str:
         return _describe_activations(resolved, resolved.activations, config)
     words = [f"groups of {resolved.group_size}" if resolved.group_size else "one scale for each output channel"]
     words.append("symmetric" if resolved.symmetric else "asymmetric")
+    container = int_format(resolved.bits).container
+    if container != resolved.bits:
+        words.append(f"{resolved.bits}-bit codes stored in {container} bits")
     if config.output_format == "matmulnbits":
         given = config.accuracy_level
         level = default_accuracy_level(resolved.bits) if given is None else given

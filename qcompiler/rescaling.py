@@ -1,11 +1,8 @@
-"""What the passes have in common that scale the channels of activations, and the columns of weights against them.
-
-They find foldings (see `foldings`), measure the activations of as many as fit in memory, and choose factors for each.
-"""
+"""What the passes have in common that scale the channels of activations, and the columns of weights against them."""
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
@@ -13,8 +10,7 @@ import onnx_ir as ir
 from qcompiler.errors import CalibrationError
 from qcompiler.foldings import Folding, find_foldings
 from qcompiler.graph import Site
-from qcompiler.observing import Collector
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, site_scheme, watch
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, site_scheme
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
 
@@ -22,12 +18,9 @@ __all__ = ["RescalingPass", "open_sites"]
 
 logger = logging.getLogger(__name__)
 
-# Bytes of measured activations held at a time, where no limit is given.
-_HELD_BYTES = 1 << 29
-
 
 class RescalingPass(QuantPass):
-    """Rescales foldings: a pass says what is measured of each, and what is made of it.
+    """Finds foldings (see `foldings`) and says what became of each: a pass chooses the factors.
 
     Its options have `caches`: whether values that a model caches between runs may be scaled.
 
@@ -49,12 +42,8 @@ class RescalingPass(QuantPass):
         return False
 
     @abstractmethod
-    def held_bytes(self, folding: Folding) -> int:
-        """What a folding's collectors hold on to."""
-
-    @abstractmethod
-    def start(self, folding: Folding) -> tuple[Sequence[Collector], Callable[[], SiteRecord]]:
-        """What measures a folding's activation, and what rescales it then if that betters anything."""
+    def rescale(self, model: ir.Model, foldings: Sequence[Folding]) -> Mapping[Folding, SiteRecord]:
+        """Measure what the foldings' sites read in the float model, then rescale those that are the better for it."""
 
     def call(self, model: ir.Model) -> QuantPassResult:
         """Measure the float model, then rescale it."""
@@ -63,13 +52,7 @@ class RescalingPass(QuantPass):
         chosen = [folding for folding in foldings if not self._problem(folding)]
         if chosen and not len(self.context.batches):
             raise CalibrationError(f"{self.name} needs calibration data; give --calibration PATH, or leave it out")
-        records: dict[Folding, SiteRecord] = {}
-        for group in self._groups(chosen):
-            started = {folding: self.start(folding) for folding in group}
-            # The model computes the same however many of its activations are rescaled already.
-            watch(self.context, self.name, model, {each.value: found for each, (found, _) in started.items()})
-            for folding in group:
-                records[folding] = started.pop(folding)[1]()
+        records = self.rescale(model, chosen)
         scaled = sum(record.action == "scaled" for record in records.values())
         logger.info("%s: %d of %d activations rescaled", self.name, scaled, len(foldings))
         return QuantPassResult(model, scaled > 0, tuple(records.get(each) or self._skipped(each) for each in foldings))
@@ -83,22 +66,6 @@ class RescalingPass(QuantPass):
 
     def _skipped(self, folding: Folding) -> SiteRecord:
         return SiteRecord(folding.sites[0].name, "skipped", reason=f"not {self.done}: {self._problem(folding)}")
-
-    def _groups(self, foldings: Sequence[Folding]) -> Iterator[list[Folding]]:
-        """Foldings whose measurements fit in memory together."""
-        limit = self.context.config.max_memory
-        room = limit // 4 if limit else _HELD_BYTES
-        group: list[Folding] = []
-        used = 0
-        for folding in foldings:
-            needed = self.held_bytes(folding)
-            if group and used + needed > room:
-                yield group
-                group, used = [], 0
-            group.append(folding)
-            used += needed
-        if group:
-            yield group
 
 
 def open_sites(sites: Sequence[Site]) -> list[Site]:

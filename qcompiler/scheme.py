@@ -6,8 +6,8 @@
 
 What a scheme leaves open is filled in by the target (`Scheme.resolve`), so that the same text means the form that each
 target runs fast. With integer activations weights are symmetric, and "sym" and "asym" speak of the activations. In the
-block form (4- or 2-bit weights, or a group size) the kernel quantizes activations itself, and "sym" and "asym" speak of
-the weights.
+block form (weights of 2 to 4 bits, or a group size) the kernel quantizes activations itself, and "sym" and "asym" speak
+of the weights.
 """
 
 import re
@@ -32,7 +32,7 @@ ALIASES = {
 }
 _WIDTH = re.compile(r"w(\d+(?:\.\d+)?)a(16int|\d+)")
 _GRAMMAR = (
-    "w{2,4,8}a16 or w{2,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, -sym | -asym (for example "
+    "w{2,3,4,8}a16 or w{2,3,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, -sym | -asym (for example "
     "w4a16-g64-asym), or w8a8 followed by any of -channel | -headSIZE, -static | -dynamic, -tensor | -token, "
     "-sym | -asym, -fp8 (for example w8a8-dynamic-token), or w8a16int"
 )

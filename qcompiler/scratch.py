@@ -1,16 +1,29 @@
 """Arrays that may leave memory: kept in RAM up to a budget, and in temporary files past it."""
 
+import ctypes
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Scratch"]
+__all__ = ["Scratch", "return_freed"]
 
 # A file and its mapping take this much anyway.
 _PAGE = 1 << 12
 # Systems limit the mappings of a process (Linux: 65530); beyond this many files only large arrays get one.
 _MANY_FILES, _LARGE = 16384, 1 << 20
+
+
+def return_freed() -> None:
+    """Give memory that has been freed back to the system, where it knows how; takes some 10 ms.
+
+    PyTorch asks for aligned memory, of which glibc (before 2.38) finds little again that was freed: it grows on and on.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    trim(0)
 
 
 class Scratch:

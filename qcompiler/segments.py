@@ -32,6 +32,7 @@ __all__ = [
     "plan_segments",
     "segment_model",
     "segment_parts",
+    "whole_model",
 ]
 
 Weights = dict[ir.Value, ir.TensorProtocol]
@@ -59,6 +60,11 @@ class Segment:
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     carried: list[str] = field(default_factory=list)
+
+
+def whole_model(model: ir.Model) -> Segment:
+    """All nodes as one segment, which has no sites."""
+    return Segment(nodes=list(model.graph), outputs=[value.name or "" for value in model.graph.outputs])
 
 
 def read_values(node: ir.Node) -> Iterator[ir.Value]:

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.calibration import row_mask
-from qcompiler.segments import Segment, chain_parts, segment_model
+from qcompiler.segments import Segment, chain_parts, segment_model, whole_model
 from qcompiler.session import Feeds, OrtRunner
 from qcompiler.verify_outputs import Comparison, producers_of_logits
 
@@ -158,7 +158,7 @@ def _is_weight(value: ir.Value) -> bool:
 
 def _producers(model: ir.Model) -> dict[str, str]:
     """See `producers_of_logits`."""
-    whole = Segment(nodes=list(model.graph), outputs=[value.name or "" for value in model.graph.outputs])
+    whole = whole_model(model)
     proto, constants = segment_model(model, whole, {})
     graph = onnx.load_model_from_string(proto).graph
     # To the one who looks for logits, a weight that is fed is a constant.

@@ -1,12 +1,16 @@
 """Facts measured from activations, accumulated batch by batch into arrays of fixed size."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from qcompiler.errors import NumericsError
 
-__all__ = ["Hessian", "LayerFacts"]
+__all__ = ["Hessian", "LayerFacts", "OutputFacts"]
+
+# Outputs further apart than this are taken for unrelated, so that memory grows with a layer and not with its square.
+_WIDEST = 2048
 
 
 @dataclass(frozen=True)
@@ -19,13 +23,50 @@ class LayerFacts:
         tokens: Number of tokens in the sum.
         drift: float64 ``[K, K]``, the sum over tokens of (x_f - x) x^T with x_f the activation in the float model; None
             where it was not asked for, and for a convolution of groups.
+        residual: float64 ``[N, K]``, the sum over tokens of (r_f - r) x^T with r what the output is added to; None
+            where that is not known, and for several sites.
         held_out: The share in these sums of batches to judge by; None where there is no drift.
+        curvatures: G of outputs next to one another, float32 ``[n, n]`` each, of all rows of the weight in order (see
+            `tuning.fisher`); None where outputs are taken for unrelated and all count the same.
+        means: float64 ``[K]``, the mean over tokens of |x|; None for a convolution of groups.
     """
 
     hessian: np.ndarray
     tokens: int
     drift: np.ndarray | None = None
     held_out: "LayerFacts | None" = None
+    curvatures: Sequence[np.ndarray] | None = None
+    means: np.ndarray | None = None
+    residual: np.ndarray | None = None
+
+
+class OutputFacts:
+    """How much a model's answer hangs on what a site computes; see `tuning.fisher`.
+
+    Attributes:
+        sums: G of outputs next to one another, float32 ``[n, n]`` each.
+        tokens: For each row of data what its tokens count, float32 ``[T]``.
+    """
+
+    width = _WIDEST
+
+    def __init__(self, rows: int) -> None:
+        """Start with zeros for a site of N rows."""
+        sizes = [min(_WIDEST, rows - start) for start in range(0, rows, _WIDEST)]
+        self.sums = [np.zeros((size, size), np.float32) for size in sizes]
+        self.tokens: list[np.ndarray] = []
+
+    @property
+    def finite(self) -> bool:
+        """Whether no gradient ran over."""
+        return all(np.isfinite(array).all() for array in (*self.sums, *self.tokens))
+
+    def correlations(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each of `sums`, the roots of its diagonal float32 ``[n]``, and the rest relative to them, float16."""
+        for total in self.sums:
+            size = np.sqrt(np.diagonal(total))
+            unit = np.divide(1, size, out=np.zeros_like(size), where=size > 0)
+            yield size, (total * unit * unit[:, None]).astype(np.float16)
 
 
 class Hessian:

@@ -12,33 +12,39 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import NamedTuple, TypeVar
+from functools import cached_property, partial
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompiler.calibration import row_mask
 from qcompiler.checkpoints import Checkpoints
-from qcompiler.convolution import Geometry, patch_rows
-from qcompiler.errors import ModelError
-from qcompiler.graph import Site, input_feature_axis
-from qcompiler.numerics.rows import feature_rows
+from qcompiler.graph import Site
+from qcompiler.readings import Batches, in_flight, manner, measure, readers, residual_of
 from qcompiler.scratch import Scratch
 from qcompiler.segments import Segment, Weights, constants_of, lent, segment_model
 from qcompiler.session import Feeds, OrtRunner
-from qcompiler.statistics import Hessian, LayerFacts
+from qcompiler.statistics import LayerFacts
 from qcompiler.waypoints import Waypoints
 
-__all__ = ["Reading", "Streaming", "in_flight"]
+__all__ = ["Reading", "Streaming", "TokenCounts"]
 
-# Output positions of a convolution that are taken of a batch; neighbouring ones tell nearly the same.
-_MOST_PATCHES = 8192
-# One batch of so many tells how much of a drift is to be believed.
-_PARTS = 8
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 OnSites = Callable[[list[Site], LayerFacts], None]
+
+
+class TokenCounts(Protocol):
+    """What tells how much each token counts.
+
+    Attributes:
+        digest: Hash of what it follows from; empty where there is no folder of checkpoints.
+    """
+
+    digest: str
+
+    def tokens(self, sites: Sequence[Site]) -> list[np.ndarray] | None:
+        """What tokens count to sites that read the same, float32 ``[T]`` for each batch; None: all the same."""
+        ...
 
 
 class Reading:
@@ -73,6 +79,7 @@ class Streaming:
         tick: Called with (levels done, levels).
         drift: Whether the float model runs beside the one that is being quantized, for `LayerFacts.drift`.
         checkpoints: Where `visit` stores how far the data have come; None stores nothing.
+        guidance: What tells how much each token counts in what is measured; None counts all the same.
     """
 
     provider: str
@@ -82,6 +89,7 @@ class Streaming:
     tick: Callable[[int, int], None]
     drift: bool = False
     checkpoints: Checkpoints | None = None
+    guidance: TokenCounts | None = None
 
     def run(self, model: ir.Model, segments: Sequence[Segment], batches: Sequence[Feeds], on_sites: OnSites) -> None:
         """Go through the levels and measure everything.
@@ -110,13 +118,16 @@ class Streaming:
         """
         with ThreadPoolExecutor(self.threads) as pool, Scratch(self.max_memory) as scratch:
             way = _Way(self, model, segments, batches, pool, scratch)
-            for index, segment in enumerate(segments):
-                self.tick(index, len(segments))
-                for sites in _readers(segment):
-                    on_reading(sites, way.reading(sites[0]))
-                if index + 1 < len(segments):
-                    way.leave(segment)
-            way.waypoints.close()
+            try:
+                for index, segment in enumerate(segments):
+                    self.tick(index, len(segments))
+                    for sites in readers(segment):
+                        on_reading(sites, way.reading(sites, segment))
+                    if index + 1 < len(segments):
+                        way.leave(segment)
+                way.waypoints.close()
+            finally:
+                way.ahead.close()
         self.tick(len(segments), len(segments))
 
 
@@ -150,24 +161,50 @@ class _Way:
         # What the float model has, which differs where weights were quantized before.
         self._floats = constants_of(node for segment in segments for node in segment.nodes)
         self._steps: list[_Step] = []
+        self.ahead = _Ahead()
         self.waypoints = Waypoints(how.checkpoints, model, batches, how.provider, len(self._streams))
 
-    def reading(self, site: Site) -> Reading:
-        """What a site of the level at hand reads, measured once the data are here."""
-        how = _geometry(site), _groups(site), input_feature_axis(site), site.columns
-        return Reading(self.waypoints.values([site.input.name or ""], "reading", how), lambda: self._measured(site))
+    def reading(self, sites: Sequence[Site], segment: Segment) -> Reading:
+        """What sites of the level at hand, a segment, read, which is the same, measured once the data are here."""
+        site, guidance = sites[0], self._how.guidance
+        residual = self._residual(sites)
+        guided = ([each.name for each in sites], guidance.digest) if guidance is not None else ()
+        names = [site.input.name or "", *([residual] if residual else [])]
+        digest = self.waypoints.values(names, "reading", manner(site), *guided)
+        counts = guidance.tokens(sites) if guidance is not None else None
+        return Reading(digest, lambda: self._measured(site, segment, residual, counts))
 
     def leave(self, segment: Segment) -> None:
         """Go on to the next level; the data follow when something is to be measured."""
-        now = constants_of(segment.nodes)
-        floats = {value: self._floats.get(value, tensor) for value, tensor in now.items()}  # nodes may be new
-        weights = [now if self._how.sequential else floats, floats][: len(self._streams)]
+        floats = self._float_weights(segment)
+        weights = [constants_of(segment.nodes) if self._how.sequential else floats, floats][: len(self._streams)]
         self._steps.append(_Step(segment, weights, self.waypoints.leave(segment, weights)))
 
-    def _measured(self, site: Site) -> LayerFacts:
+    def _float_weights(self, segment: Segment) -> Weights:
+        # Nodes may be new.
+        return {value: self._floats.get(value, tensor) for value, tensor in constants_of(segment.nodes).items()}
+
+    def _residual(self, sites: Sequence[Site]) -> str | None:
+        """Name of what the output of the only site is added to, where the float model knows of something better."""
+        value = residual_of(sites[0]) if self._how.drift and len(sites) == 1 else None
+        return value.name if value is not None else None
+
+    def _measured(
+        self, site: Site, segment: Segment, residual: str | None, counts: list[np.ndarray] | None
+    ) -> LayerFacts:
         self._arrive()
-        boundary, *beside = self._streams
-        return _measure(site, boundary, beside[0] if beside else [], self._masks, self._pool, self._how.threads)
+        boundary, *others = self._streams
+        beside = others[0] if others else []
+        known = residual if boundary and residual in boundary[0] else None
+        at = Batches(boundary, beside, self._masks, counts)
+        facts = measure(site, at, known, self._pool, self._how.threads)
+        # The float model need not wait for the weights that the caller makes of this; what it computes takes memory.
+        if beside and self._how.max_memory is None and not self.ahead.of(segment):
+            with lent(self._float_weights(segment)):
+                runner = self._runner(segment, beside[0])
+            if runner is not None:
+                self.ahead.start(segment, partial(_run, runner, segment), beside)
+        return facts
 
     def _arrive(self) -> None:
         """Bring the data to the level at hand, from the last boundary that is stored or from where they are."""
@@ -177,11 +214,15 @@ class _Way:
                 self._scratch.drop(array)
             self._streams = stored
         for segment, weights, place in self._steps[behind:]:
-            for stream, lends in zip(self._streams, weights, strict=True):
+            for number, (stream, lends) in enumerate(zip(self._streams, weights, strict=True)):
+                if number and self.ahead.of(segment):
+                    _advance(segment, stream, self.ahead.results(), self._scratch)
+                    continue
                 with lent(lends):  # A session holds the weights that it was made with.
                     runner = self._runner(segment, stream[0])
-                _advance(runner, segment, stream, self._scratch, self._pool, self._how.threads)
-                del runner
+                run = partial(_run, runner, segment)
+                _advance(segment, stream, in_flight(self._pool, run, stream[:], self._how.threads), self._scratch)
+                del run, runner
             self.waypoints.offer(place, self._streams)
             gc.collect(0)
         self._steps.clear()
@@ -205,105 +246,51 @@ def _kept(array: np.ndarray, scratch: Scratch) -> np.ndarray:
     return scratch.keep(array)
 
 
-def _readers(segment: Segment) -> list[list[Site]]:
-    """The segment's sites grouped by the activation they read and how they read it, in order."""
-    readers: dict[tuple[object, ...], list[Site]] = {}
-    for site in segment.sites:
-        how = (Geometry.of(site.node), site) if _groups(site) > 1 else _geometry(site) or input_feature_axis(site)
-        readers.setdefault((site.input, how), []).append(site)
-    return list(readers.values())
+class _Ahead:
+    """Runs one segment for all batches in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._segment: Segment | None = None
+        self._waiting: deque[Future[Feeds]] = deque()
+
+    def of(self, segment: Segment) -> bool:
+        """Whether it is the one that was started last."""
+        return self._segment is segment
+
+    def start(self, segment: Segment, run: Callable[[Feeds], Feeds], boundary: Iterable[Feeds]) -> None:
+        """Begin, in the place of what was begun before."""
+        self._stop()
+        self._segment = segment
+        self._waiting.extend(self._pool.submit(run, feeds) for feeds in boundary)
+
+    def results(self) -> Iterator[Feeds]:
+        """Once, batch after batch."""
+        while self._waiting:
+            yield self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """End what is going on."""
+        self._stop()
+        self._pool.shutdown()
+
+    def _stop(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().cancel()
 
 
-def _geometry(site: Site) -> Geometry | None:
-    """How a convolution meets its input; None for a linear layer."""
-    return Geometry.of(site.node) if site.not_linear else None
+def _run(runner: OrtRunner | None, segment: Segment, feeds: Feeds) -> Feeds:
+    """What a segment computes of a batch."""
+    if runner is None:
+        return {}
+    results = runner.run({name: feeds[name] for name in segment.inputs}, segment.outputs)
+    # Copied, since a result keeps all memory of the session alive that made it.
+    return {name: array.copy() for name, array in results.items()}
 
 
-def _groups(site: Site) -> int:
-    return site.node.attributes.get_int("group", 1) if site.not_linear else 1
-
-
-def _measure(
-    site: Site,
-    boundary: list[Feeds],
-    beside: list[Feeds],
-    masks: list[np.ndarray | None],
-    pool: ThreadPoolExecutor,
-    threads: int,
-) -> LayerFacts:
-    """The facts about the activation that a site reads, summed over the batches in their order."""
-    name = site.input.name or ""
-    geometry, groups = _geometry(site), _groups(site)
-    sums = _Sums(site, groups, drift=bool(beside) and groups == 1)
-    # The shares of these batches are in `held_out` as well.
-    judge = _Sums(site, groups, drift=True) if sums.drift is not None and len(boundary) >= _PARTS else None
-    first_judge = len(boundary) - len(boundary) // _PARTS
-
-    def rows(batch: int, feeds: Feeds) -> np.ndarray:
-        if name not in feeds:
-            raise ModelError(f"the activation '{name}' of '{site.name}' is not computed by the graph before it")
-        if geometry is None:
-            return feature_rows(feeds[name], input_feature_axis(site), masks[batch])
-        patches = patch_rows(feeds[name], geometry, groups, _MOST_PATCHES)
-        return np.asarray(patches[0]) if groups == 1 else patches
-
-    def product(batch: int) -> tuple[np.ndarray, int, np.ndarray | None]:
-        found = rows(batch, boundary[batch])
-        share = None if sums.drift is None else (rows(batch, beside[batch]) - found).astype(np.float32).T @ found
-        return *sums.hessian.product(found), share
-
-    for batch, parts in enumerate(in_flight(pool, product, range(len(boundary)), threads)):
-        sums.add(*parts)
-        if judge is not None and batch >= first_judge:
-            judge.add(*parts)
-    facts = sums.hessian.facts(site.name, sums.drift)
-    return facts if judge is None else replace(facts, held_out=judge.hessian.facts(site.name, judge.drift))
-
-
-class _Sums:
-    """Sums over batches."""
-
-    def __init__(self, site: Site, groups: int, *, drift: bool) -> None:
-        self.hessian = Hessian(site.columns, groups)
-        self.drift = np.zeros((site.columns, site.columns)) if drift else None
-
-    def add(self, part: np.ndarray, tokens: int, share: np.ndarray | None) -> None:
-        self.hessian.add(part, tokens)
-        if self.drift is not None and share is not None:
-            self.drift += share
-
-
-def in_flight(
-    pool: ThreadPoolExecutor, function: Callable[[_In], _Out], items: Iterable[_In], limit: int
-) -> Iterator[_Out]:
-    """Map in threads, results in order, at most `limit` of them computed ahead of the reader."""
-    waiting: deque[Future[_Out]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= limit:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _advance(
-    runner: OrtRunner | None,
-    segment: Segment,
-    boundary: list[Feeds],
-    scratch: Scratch,
-    pool: ThreadPoolExecutor,
-    threads: int,
-) -> None:
+def _advance(segment: Segment, boundary: list[Feeds], computed: Iterable[Feeds], scratch: Scratch) -> None:
     """Replace each batch's boundary by the next one, batch by batch, so that few batches are held twice."""
-
-    def run(batch: int) -> Feeds:
-        if runner is None:
-            return {}
-        results = runner.run({name: boundary[batch][name] for name in segment.inputs}, segment.outputs)
-        # Copied, since a result keeps all memory of the session alive that made it.
-        return {name: array.copy() for name, array in results.items()}
-
-    for batch, results in enumerate(in_flight(pool, run, range(len(boundary)), threads)):
+    for batch, results in enumerate(computed):
         feeds = boundary[batch]
         following = {name: feeds[name] for name in segment.carried if name in feeds}
         for name, array in feeds.items():

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
 from qcompiler.numerics.affine import WeightSpec, storage_dtype
+from qcompiler.numerics.formats import int_format
 from qcompiler.scheme import GROUP_SIZES, Scheme
 
 if TYPE_CHECKING:
@@ -107,12 +108,12 @@ class IntegerRules:
 
 
 def default_accuracy_level(bits: int) -> int:
-    """MatMulNBits' accuracy level where the user names none: exact compute at 4 bits.
+    """MatMulNBits' accuracy level where the user names none: exact compute of codes that are stored in 4 bits.
 
     At 2 and 8 bits the CPU has no exact kernel and would dequantize the weight on every run (50 times slower), so
     level 4, int8 activations, is the default.
     """
-    return 0 if bits == 4 else 4
+    return 0 if int_format(bits).container == 4 else 4
 
 
 def block_size(spec: WeightSpec, columns: int) -> int:
@@ -123,17 +124,17 @@ def block_size(spec: WeightSpec, columns: int) -> int:
 
     def cost(size: int) -> int:
         blocks = -(-columns // size)
-        return blocks * (size * spec.bits + scale_bits)
+        return blocks * (size * spec.format.container + scale_bits)
 
     return min((size for size in (32, 64, 128, 256)), key=lambda size: (cost(size), -size))
 
 
 def lowered_bytes(spec: WeightSpec, rows: int, columns: int) -> int:
     """Bytes of an [N, K] weight's codes, scales and zero points as the block-quantized operators store them."""
-    size = block_size(spec, columns)
+    size, width = block_size(spec, columns), spec.format.container
     blocks = -(-columns // size)
-    zeros = 0 if spec.symmetric else -(-blocks * spec.bits // 8)
-    return rows * (blocks * (size * spec.bits // 8 + storage_dtype(spec.scale_dtype).itemsize) + zeros)
+    zeros = 0 if spec.symmetric else -(-blocks * width // 8)
+    return rows * (blocks * (size * width // 8 + storage_dtype(spec.scale_dtype).itemsize) + zeros)
 
 
 def form_bytes(site: "Site", spec: WeightSpec, config: CompileConfig) -> int:
@@ -142,7 +143,7 @@ def form_bytes(site: "Site", spec: WeightSpec, config: CompileConfig) -> int:
     if config.output_format != "qdq":
         return lowered_bytes(spec, rows, columns)
     lookup, groups = site.role == "embedding", rows * spec.groups(columns)
-    width = spec.bits if lookup else qdq_width(spec.bits, rows)
+    width = spec.format.container if lookup else qdq_width(spec.bits, rows)
     codes = groups * spec.group_size if lookup and groups > rows else rows * columns
     zeros = 0 if spec.symmetric else -(-groups * width // 8)
     return -(-codes * width // 8) + groups * storage_dtype(spec.scale_dtype).itemsize + zeros
@@ -281,7 +282,7 @@ def qdq_width(bits: int, rows: int) -> int:
     ONNX Runtime 1.31 fuses a 2-bit weight whose N is no multiple of 4 into a wrong MatMulNBits; in a 4-bit type the
     same codes come out right.
     """
-    return 4 if bits == 2 and rows % 4 else bits
+    return 4 if bits == 2 and rows % 4 else int_format(bits).container
 
 
 def qdq_opset(spec: WeightSpec, rows: int, columns: int, *, lookup: bool) -> int:

@@ -47,7 +47,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "propagation": (
         "propagation propagation_*",
-        "itself observing streaming segments calibration session targets graph numerics errors",
+        "itself observing readings segments calibration session targets graph numerics errors",
     ),
     "pipeline": ("pipeline", "passes passes.base config scheme errors"),
     "pass_manager": ("pass_manager", "instruments passes.base config records errors"),
@@ -65,8 +65,8 @@ LAYERS: dict[str, tuple[str, str]] = {
         "passes.*",
         "passes.base rescaling lowering opset_rules float_types rotation foldings convolution layers placement "
         "absorbing ranges mixing sensitivity "
-        "observing collectors blocks streaming waypoints checkpoints session scratch tuning torch_graph statistics "
-        "segments graph targets config scheme records kernels.schemas numerics errors",
+        "observing collectors guidance blocks streaming waypoints checkpoints session scratch tuning torch_graph "
+        "statistics segments graph targets config scheme records kernels.schemas extras numerics errors",
     ),
     "mixing": (
         "mixing mixing_*",
@@ -80,8 +80,15 @@ LAYERS: dict[str, tuple[str, str]] = {
         "passes.base",
         "observing streaming checkpoints session segments statistics graph config scheme records numerics errors",
     ),
-    "blocks": ("blocks", "streaming waypoints segments calibration session scratch graph numerics errors"),
-    "tuning": ("tuning tuning.*", "itself torch_graph checkpoints statistics graph scheme records numerics errors"),
+    "guidance": (
+        "guidance",
+        "blocks streaming waypoints checkpoints tuning torch_graph segments calibration session scratch graph errors",
+    ),
+    "blocks": ("blocks", "readings waypoints segments calibration session scratch graph numerics errors"),
+    "tuning": (
+        "tuning tuning.*",
+        "itself torch_graph checkpoints segments statistics session scratch graph scheme records numerics errors",
+    ),
     "opset_rules": ("opset_rules", "lowering graph errors"),
     "lowering": ("lowering lowering_*", "itself graph targets scheme numerics errors"),
     "torch_graph": ("torch_graph torch_graph.*", "itself graph numerics errors"),
@@ -91,13 +98,14 @@ LAYERS: dict[str, tuple[str, str]] = {
     "ranges": ("ranges", "observing collectors calibration session graph numerics errors"),
     "placement": ("placement", "absorbing targets graph scheme numerics errors"),
     "absorbing": ("absorbing", "graph errors"),
-    "observing": ("observing", "streaming segments calibration session graph numerics errors"),
+    "observing": ("observing", "readings segments calibration session graph numerics errors"),
     "convolution": ("convolution", "errors"),
     "layers": ("layers", "lowering graph numerics errors"),
     "streaming": (
         "streaming",
-        "waypoints checkpoints segments convolution statistics calibration session scratch graph numerics errors",
+        "readings waypoints checkpoints segments statistics calibration session scratch graph errors",
     ),
+    "readings": ("readings", "convolution segments statistics session graph numerics errors"),
     "waypoints": ("waypoints", "checkpoints segments session graph errors"),
     "checkpoints": ("checkpoints", "errors"),
     "segments": ("segments", "graph session errors"),
@@ -118,6 +126,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "kernels.reference": ("kernels.reference", "kernels.schemas numerics errors"),
     "kernels.schemas": ("kernels kernels.schemas", "errors"),
     "numerics": ("numerics numerics.*", "itself errors"),
+    "extras": ("extras", "errors"),
     "errors": ("errors", ""),
 }
 HEAVY = {"onnxruntime", "tokenizers", "torch", "transformers"}

@@ -155,6 +155,36 @@ def test_patterns_reach_the_plan(decoder_file, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["matmulnbits", "qdq"])
+@pytest.mark.parametrize(
+    "algorithm", ["rtn", "hqq", "gptq", "obq", "awq,gptq", "gptq,low_rank{rank=2}", "gptq,learned_rounding{steps=2}"]
+)
+def test_three_bits_go_through_every_algorithm_and_the_report_counts_four(
+    algorithm, form, decoder_file, token_file, tmp_path
+):
+    if "learned" in algorithm:
+        pytest.importorskip("torch")
+    done = run(
+        qcompile, decoder_file, "--scheme", "w3a16-g32-sym", "--embedding", "w3a16-g32-asym", "--lm-head", "w3a16",
+        "--algorithm", algorithm, "--calibration", token_file, "--format", form, "-o", tmp_path / "out.onnx",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert "3-bit codes stored in 4 bits" in done.stdout
+    report = json.loads((tmp_path / "out.report.json").read_text("utf-8"))
+    rows = {row["site"]: row for row in report["sites"]}
+    assert all(row["action"] == "quantized" for name, row in rows.items() if name != "embed")
+    assert (rows["embed"]["action"], rows["embed"]["scheme"]) == (
+        ("quantized", "w3a16-g32-asym") if form == "matmulnbits" else ("skipped", "")
+    )
+    for row in rows.values():
+        if row["action"] == "quantized":
+            assert "holding 3-bit codes" in row["form"]
+            assert row["sqnr_db"] > 8  # where awq scales, that of the weight is not what it looks at
+            assert row["bits_per_weight"] >= 4 + 32 / 64
+    (output,) = report["verification"]["outputs"]
+    assert output["sqnr_db"] > 5
+
+
 def test_a_compilation_can_be_timed(decoder_file, token_file, tmp_path):
     output = tmp_path / "out.onnx"
     done = run(qcompile, decoder_file, "--bench", "--calibration", token_file, "--samples", 4, "-o", output)

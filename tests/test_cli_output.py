@@ -111,6 +111,9 @@ def test_schemes_lists_every_width_and_alias():
     assert done.exit_code == 0
     # 4 bits, and in a group of 64 a scale of 32 bits and a zero point of 4.
     assert re.search(r"^w4a16-g64 +│ 4.500 +│ 4.250 +│ 4.562 +│ 4.312", done.stdout, re.M)
+    # What lies in the file counts.
+    assert re.search(r"^w3a16-g64 +│ 4.500 +│ 4.250 +│ 4.562 +│ 4.312", done.stdout, re.M)
+    assert "3-bit codes are stored in 4 bits" in done.stdout
     assert re.search(r"^int8 +│ w8a16", done.stdout, re.M)
 
 

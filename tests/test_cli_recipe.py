@@ -63,7 +63,7 @@ def test_a_recipe_names_the_algorithms_that_an_effort_stands_for():
     assert printed() == "scheme: w4a16\nalgorithm: rtn\n"
     best = printed("--effort", "best", "--calibration", "c.npy")
     assert "effort" not in best
-    assert "learned_rounding" in best
+    assert "gptq{drift=0.8,guided=true,percdamp=0.2,refine=1}" in best
 
 
 def test_the_command_line_comes_before_the_recipe(tmp_path):

@@ -25,7 +25,7 @@ from tests.test_sites import linear as linear_case
 
 
 @pytest.mark.parametrize("case", LINEAR)
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_a_weight_that_was_written_reads_as_its_values_and_the_model_runs(case, bits):
     text, weights, shape, out, _ = LINEAR[case]
     model = linear_case(text, weights, shape, out)

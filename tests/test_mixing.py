@@ -38,6 +38,14 @@ def test_a_larger_group_that_saves_nothing_is_left_out():
     assert not any(scheme.bits == 4 and scheme.group_size > 64 for scheme in formats(K=576).schemes[:-1])
 
 
+def test_three_bits_are_a_format_only_where_they_are_asked_for_and_count_as_the_four_they_take():
+    assert not any(scheme.bits == 3 for scheme in formats().schemes[:-1])
+    asked = Scheme.parse("w3a16-g64-asym").resolve("cpu")
+    found = formats_of(the_site(linear_model(1536, 24)), asked, 21, CompileConfig())
+    sizes = dict(zip(map(str, found.schemes), found.sizes, strict=True))
+    assert sizes["w3a16-g64-asym"] == sizes["w4a16-g64-asym"]
+
+
 def test_float16_halves_scales_and_floats():
     found = formats(float16=True)
     assert found.sizes[-1] == 16 * 1536 * 24
@@ -52,7 +60,10 @@ def test_qdq_has_the_formats_of_its_opset(opset, widths):
         assert found.schemes[:-1] == [SCHEME]
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-g64-asym", "w8a16-g32-sym", "w2a16-g16-asym", "w4a16-channel-asym"])
+@pytest.mark.parametrize(
+    "scheme",
+    ["w4a16-g64-asym", "w3a16-g64-asym", "w3a16-channel-sym", "w8a16-g32-sym", "w2a16-g16-asym", "w4a16-channel-asym"],
+)
 @pytest.mark.parametrize("K", [64, 100])
 def test_form_bytes_of_qdq_are_those_of_the_constants(scheme, K):
     ctx = context(scheme=scheme, output_format="qdq", opset=25)

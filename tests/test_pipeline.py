@@ -109,7 +109,7 @@ def test_algorithms_follow_from_the_schemes_and_the_data(scheme):
     [
         ("fast", "w4a16", ("rtn",)),
         ("balanced", "w4a16", ("gptq{drift=0.5}",)),
-        ("best", "w4a16", ("awq", "gptq{drift=0.5}", "learned_rounding{distill=160}")),
+        ("best", "w4a16", ("awq", "reorder{gather=false}", "gptq{drift=0.8,guided=true,percdamp=0.2,refine=1}")),
         ("fast", "w8a8-static", ("smoothquant", "rtn", "correct_bias")),
         ("best", "w8a8-static", ("smoothquant", "gptq", "correct_bias")),
     ],

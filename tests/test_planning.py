@@ -50,6 +50,7 @@ PLANS = {
     "one scale a row": SchemePlan(Scheme.parse("w4a16-channel"), Scheme(8), Scheme(8)),
     "float table": SchemePlan(Scheme.parse("w4a16-g32"), None, Scheme(4)),
     "float projection": SchemePlan(Scheme.parse("w4a16-g32"), Scheme(8), None),
+    "three bits": SchemePlan(Scheme.parse("w3a16-g32-sym"), Scheme(3), Scheme.parse("w3a16-g16-asym")),
     "two widths": SchemePlan(Scheme.parse("w2a16-g16-sym"), Scheme(8), Scheme(4)),
     "nothing": SchemePlan(None, None, None),
 }

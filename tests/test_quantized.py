@@ -78,6 +78,8 @@ def test_values_are_made_anew_and_not_kept():
     ("bits", "symmetric", "scale_dtype", "expected"),
     [
         (4, True, "float32", 6 * (20 + 3 * 4)),  # 40 codes, 3 scales of groups of 16
+        (3, True, "float32", 6 * (20 + 3 * 4)),  # the same: codes of 3 bits are stored in 4
+        (3, False, "float32", 6 * (20 + 3 * 4 + 2)),
         (4, False, "float32", 6 * (20 + 3 * 4 + 2)),  # 3 zero points in 12 bits
         (2, False, "float16", 6 * (10 + 3 * 2 + 1)),
         (8, False, "bfloat16", 6 * (40 + 3 * 2 + 3)),

@@ -166,6 +166,10 @@ def test_other_schemes_are_spelled_out():
     assert "means one scale for each output channel, symmetric, int8 activations inside products" in scheme_meaning(
         channel
     )
+    three = scheme_meaning(CompileConfig(plan=SchemePlan(Scheme(3), lm_head=None)))
+    assert three.startswith(
+        "w3a16 on cpu means groups of 64, asymmetric, 3-bit codes stored in 4 bits, exact compute; embedding"
+    )
     assert scheme_meaning(CompileConfig(plan=SchemePlan(None))).startswith("float on cpu means weights as they are")
 
 

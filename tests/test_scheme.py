@@ -46,6 +46,9 @@ def test_text_and_scheme_are_inverse(scheme):
         ("w4a16", Scheme(4)),
         ("w8a16-g32-sym", Scheme(8, 32, True)),
         ("w2a16-asym-g16", Scheme(2, 16, False)),
+        ("w3a16", Scheme(3)),
+        ("w3a16-g64-asym", Scheme(3, 64, False)),
+        ("w3a8-g32", Scheme(3, 32, activations=BLOCKS)),
         ("w4a16-channel", Scheme(4, 0)),
         ("int4", Scheme(4)),
         ("q8", Scheme(8, 32, True)),
@@ -67,7 +70,7 @@ def test_every_alias_means_a_scheme():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not understood; expected w{2,4,8}a16"),
+        ("", "'' is not understood; expected w{2,3,4,8}a16"),
         ("fp8", "'fp8' is not understood"),
         ("w4", "'w4' is not understood"),
         ("w4a4", "activations of 4 bits are not available"),
@@ -85,7 +88,9 @@ def test_every_alias_means_a_scheme():
         ("w8a16-head64", "-head does not go with float activations"),
         ("w4a16int", "16-bit integer activations go with 8-bit integer weights"),
         ("w8a16int-dynamic", "16-bit activations are calibrated"),
-        ("w3a16", "weights of 3 bits are not available; known widths: 2, 4, 8"),
+        ("w5a16", "weights of 5 bits are not available; known widths: 2, 3, 4, 8"),
+        ("w3a16int", "16-bit integer activations go with 8-bit integer weights"),
+        ("w3a8-dynamic", "-dynamic does not go with a group size"),
         ("w1.58a16", "weights of 1.58 bits are not available"),
         ("w4a16-g48", "group size 48 has no kernel; known sizes: 16, 32, 64, 128, 256"),
         ("w4a16-g0", "group size 0 has no kernel"),
@@ -125,6 +130,8 @@ def test_a_resolved_scheme_gives_the_spec_of_a_weight():
     assert Scheme.parse("w4a16-g64-asym").spec(100, "float16") == WeightSpec(4, 64, False, True, "float16")
     assert Scheme.parse("w8a16-channel-sym").spec(100, "float32") == WeightSpec(8, 100, True, True, "float32")
     assert not Scheme.parse("w4a16-g32-sym").spec(64, "float32", signed_scale=False).signed_scale
+    three = Scheme.parse("w3a16-g32-sym").spec(64, "float32", signed_scale=False)
+    assert (three.limits, three.format.container, three.stored_bits(64)) == ((1, 7), 4, 5.0)
     for open_scheme in (Scheme(4), Scheme(4, 64), Scheme(4, None, True)):
         with pytest.raises(SchemeError, match="has to be resolved for a target first"):
             open_scheme.spec(64, "float32")

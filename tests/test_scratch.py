@@ -1,10 +1,13 @@
 """Arrays in memory up to a budget, in files past it, and nothing left behind."""
 
+import ctypes
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from qcompiler.scratch import Scratch
+from qcompiler.instruments import anonymous_bytes
+from qcompiler.scratch import Scratch, return_freed
 from tests.builders import normal
 
 SIDE = 256  # a float32 array of 256 x 256 is 256 KiB; below 4 KiB none is worth a file
@@ -88,3 +91,14 @@ def test_what_the_caller_holds_is_left_alone(tmp_path):
         scratch.drop(own)
     assert scratch.live_bytes == 0
     assert np.array_equal(np.load(tmp_path / "feeds.npy"), big(5))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="memory is given back by glibc alone")
+def test_freed_memory_goes_back():
+    pieces = [bytearray(1 << 16) for _ in range(2000)]  # small enough for malloc to hold on to them
+    last = bytearray(1 << 16)  # above them all
+    del pieces
+    before = anonymous_bytes()
+    return_freed()
+    assert anonymous_bytes() < before - (1 << 26)
+    assert len(last) == 1 << 16

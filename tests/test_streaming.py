@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qcompiler import streaming
+from qcompiler import readings, streaming
 from qcompiler.errors import CalibrationError, NumericsError
 from qcompiler.graph import input_feature_axis
 from qcompiler.passes.gptq import Gptq
@@ -181,6 +181,59 @@ def test_the_drift_is_that_from_the_float_model(name):
             drifted += np.linalg.norm(want) > 1e-3 * np.linalg.norm(x.T @ x)
         done += sorted(level)
     assert drifted >= len(groups) / 2
+
+
+def test_what_an_output_is_added_to_is_compared_with_the_float_model():
+    """The residual stream beside the output of attention and of the MLP; no other output is added to anything."""
+    build, make_batches, _, before = MODELS["decoder"]
+    batches, model, done = make_batches(), build(), list(before)
+    masks = [mask_of(feeds) for feeds in batches]
+    algorithm, _ = stream(model, batches, drift=0.5)
+    plain = quantize_like(build(), model, before)
+    added = {"l0_o": "h0", "l0_down": "m0", "l1_o": "h1", "l1_down": "m1"}
+    moved = 0
+    for names, facts in algorithm.seen:
+        if facts is None:
+            continue
+        assert (facts.residual is not None) == (names[0] in added), names
+        if names[0] in added:
+            half = quantize_like(build(), model, done)
+            (site,) = (site for site in find_sites(half)[0] if site.name == names[0])
+            x = rows_of(half, site, batches, masks)
+            r, exact = (
+                np.concatenate(
+                    [
+                        run(with_outputs(each, [added[names[0]]]), feeds, outputs=[added[names[0]]])[0][mask]
+                        for feeds, mask in zip(batches, masks, strict=True)
+                    ]
+                )
+                for each in (half, plain)
+            )
+            want = (exact - r).astype(np.float64).T @ x
+            assert np.linalg.norm(facts.residual - want) <= 1e-5 * np.linalg.norm(x) * np.linalg.norm(exact), names
+            moved += np.linalg.norm(want) > 1e-4 * np.linalg.norm(x) * np.linalg.norm(exact)
+        done += names
+    assert moved >= 2
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[a] p = MatMul(x, w) y = Add(r, p)", "r"),
+        ("[a] p = MatMul(x, w) q = Add(p, b) y = Add(q, r)", "r"),
+        ("[a] p = MatMul(x, w) y = com.microsoft.SkipSimplifiedLayerNormalization(r, p, b)", "r"),
+        ("[a] p = MatMul(x, w) q = Relu(p) y = Add(q, r)", None),
+        ("[a] p = MatMul(x, w) q = Add(p, r) y = Add(q, p)", None),
+        ("[a] p = MatMul(x, w) y = Add(p, p)", None),
+        ("[a] y = MatMul(x, w)", None),
+    ],
+)
+def test_what_a_residual_is(text, found):
+    head = "g (float[B,32] x, float[B,32] r) => (float[B,32] y) {"
+    model = parse(f"{head} {text} }}", {"w": normal((32, 32), 0), "b": np.ones(32, np.float32)})
+    (site,) = find_sites(model)[0]
+    value = readings.residual_of(site)
+    assert (value.name if value is not None else None) == found
 
 
 def test_one_batch_of_eight_is_there_to_judge_by():
@@ -399,7 +452,7 @@ def test_convolutions_are_measured_on_what_their_taps_meet():
 
 
 def test_of_large_images_some_positions_are_measured(monkeypatch):
-    monkeypatch.setattr(streaming, "_MOST_PATCHES", 20)
+    monkeypatch.setattr(readings, "_MOST_PATCHES", 20)
     batches = [{"x": normal((2, 4, 9, 7), n)} for n in (1, 2)]
     plan = SchemePlan(Scheme.parse("w8a8-static"))
     (_, facts), *_ = stream(kernels(), batches, plan, sequential=False, target="portable")[0].seen

@@ -122,7 +122,8 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path, batches, sequential, o
         assert rest[1:3] == (plain, records)
         # The table has no level. The boundary of the level that was being quantized is there.
         assert rest[0].runs == (whole.runs if stop == 0 else whole.runs - stop * each)
-        assert stopped[0].runs + rest[0].runs == whole.runs
+        # The float model may have been a level ahead.
+        assert 0 <= stopped[0].runs + rest[0].runs - whole.runs <= (len(batches) if options else 0)
         assert len(names(folder)) == len(GROUPS)
 
 

@@ -16,20 +16,31 @@ def test_a_group_is_its_block(group):
     assert block_size(WeightSpec(4, group, True), 1000) == group
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("columns", [1, 31, 48, 100, 576, 1000, 4096])
 def test_one_scale_a_row_is_stored_in_the_blocks_that_take_the_fewest_bits(bits, dtype, columns):
     spec = WeightSpec(bits, columns, True, True, dtype)
     scale_bits = {"float32": 32, "float16": 16}[dtype]
-    cost = {size: -(-columns // size) * (size * bits + scale_bits) for size in (32, 64, 128, 256)}
+    width = 4 if bits == 3 else bits
+    cost = {size: -(-columns // size) * (size * width + scale_bits) for size in (32, 64, 128, 256)}
     chosen = block_size(spec, columns)
     if columns not in GROUP_SIZES:
         assert cost[chosen] == min(cost.values())
     assert 4096 % chosen == 0
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w2a16-g16-asym", "w8a16-channel-asym", "w4a16-channel-sym"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "w4a16-g32-asym",
+        "w3a16-g16-asym",
+        "w3a16-channel-sym",
+        "w2a16-g16-asym",
+        "w8a16-channel-asym",
+        "w4a16-channel-sym",
+    ],
+)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("K", [64, 77, 300])
 def test_lowered_bytes_are_those_of_the_constants(scheme, dtype, K):
@@ -46,7 +57,7 @@ def test_lowered_bytes_are_those_of_the_constants(scheme, dtype, K):
 
 
 def test_exact_compute_is_the_default_where_there_is_a_kernel_for_it():
-    assert [default_accuracy_level(bits) for bits in (2, 4, 8)] == [4, 0, 4]
+    assert [default_accuracy_level(bits) for bits in (2, 3, 4, 8)] == [4, 0, 0, 4]
     assert [fuses_bias(target) for target in ("cpu", "cuda", "tensorrt", "portable")] == [True, False, True, True]
 
 

@@ -79,9 +79,10 @@ class WeightSpec:
         return -(-columns // self.group_size)
 
     def stored_bits(self, columns: int) -> float:
-        """Bits per weight with scales and zero points included."""
-        scale_bits = 8 * storage_dtype(self.scale_dtype).itemsize + (0 if self.symmetric else self.bits)
-        return self.bits + self.groups(columns) * scale_bits / columns
+        """Bits per weight with scales and zero points included, as they lie in the file: in the format's container."""
+        width = self.format.container
+        scale_bits = 8 * storage_dtype(self.scale_dtype).itemsize + (0 if self.symmetric else width)
+        return width + self.groups(columns) * scale_bits / columns
 
 
 @dataclass(frozen=True)

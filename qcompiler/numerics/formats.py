@@ -18,12 +18,14 @@ class IntFormat:
 
     Attributes:
         name: What reports print.
-        bits: Width of one code.
+        bits: Width of one code: what the grid has.
+        container: Width that one code takes where it is stored; more than `bits` where no kernel reads codes so narrow.
         sqnr_floor_db: SQNR in dB that min-max groups of 32 standard normal values reach at least; tests assert it.
     """
 
     name: str
     bits: int
+    container: int
     sqnr_floor_db: float
 
     @property
@@ -37,17 +39,23 @@ class IntFormat:
         return 1 << (self.bits - 1)
 
     @property
+    def shift(self) -> int:
+        """How far `mid` is below the middle of the container, which kernels take for zero where they get no others."""
+        return (1 << (self.container - 1)) - self.mid
+
+    @property
     def codes_per_byte(self) -> int:
         """How many codes one byte holds; formats that straddle bytes are not packed this way."""
-        return 8 // self.bits
+        return 8 // self.container
 
 
 FORMATS: dict[int, IntFormat] = {
     row.bits: row
     for row in (
-        IntFormat("int2", 2, 5.0),
-        IntFormat("int4", 4, 19.0),
-        IntFormat("int8", 8, 43.0),
+        IntFormat("int2", 2, 2, 5.0),
+        IntFormat("int3", 3, 4, 13.0),  # ONNX Runtime has kernels for 2, 4 and 8 bits
+        IntFormat("int4", 4, 4, 19.0),
+        IntFormat("int8", 8, 8, 43.0),
     )
 }
 

@@ -1,5 +1,8 @@
 """Bit packing and the memory layouts of ONNX Runtime's block-quantized operators.
 
+A code takes the bits of its format's container, 3-bit codes those of 4-bit ones. Where `bits` below counts bytes, it is
+the container's width.
+
 MatMulNBits (com.microsoft) reads, for a weight of N rows and K columns in blocks of `block_size`:
 
 * ``B``           uint8 ``[N, ceil(K / block_size), block_size * bits / 8]``, low bits first; the ragged last block is
@@ -7,7 +10,8 @@ MatMulNBits (com.microsoft) reads, for a weight of N rows and K columns in block
 * ``scales``      ``[N, ceil(K / block_size)]`` of the activation's dtype;
 * ``zero_points`` uint8 ``[N, ceil(ceil(K / block_size) * bits / 8)]``, each row packed on its own, low bits first.
 
-GatherBlockQuantized with uint8 data reads the same bytes as ``[N, K * bits / 8]``.
+GatherBlockQuantized with uint8 data reads the same bytes as ``[N, K * bits / 8]``. Without zero points both take the
+middle of the container for zero, 8 at 4 bits: see `centred`.
 
 DequantizeLinear reads integer tensors: codes ``[K, N]`` for a MatMul, unsigned with zero points or signed without. ONNX
 packs integers below a byte in row-major order, low bits first; a row may begin within a byte.
@@ -17,7 +21,7 @@ import numpy as np
 
 from qcompiler.numerics.formats import int_format
 
-__all__ = ["integer_codes", "pack_codes", "pack_matmul_nbits", "transpose_packed", "unpack_codes"]
+__all__ = ["centred", "integer_codes", "pack_codes", "pack_matmul_nbits", "transpose_packed", "unpack_codes"]
 
 # Columns that `transpose_packed` turns at a time: whole bytes at any width, and few enough to stay in the cache.
 _COLUMNS = 128
@@ -28,12 +32,13 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
     Args:
         codes: uint8 ``[..., K]`` with values below ``2**bits``.
-        bits: 2, 4 or 8.
+        bits: 2, 3, 4 or 8.
 
     Returns:
-        uint8 ``[..., ceil(K * bits / 8)]``.
+        uint8 ``[..., ceil(K * bits / 8)]``; 3-bit codes take 4 bits.
     """
-    per_byte = int_format(bits).codes_per_byte
+    fmt = int_format(bits)
+    per_byte = fmt.codes_per_byte
     if per_byte == 1:
         return np.ascontiguousarray(codes)
     ragged = -codes.shape[-1] % per_byte
@@ -41,7 +46,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
         codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, ragged)])
     packed: np.ndarray = codes[..., 0::per_byte].copy()  # [..., K / per_byte]
     for lane in range(1, per_byte):
-        packed |= codes[..., lane::per_byte] << (lane * bits)
+        packed |= codes[..., lane::per_byte] << (lane * fmt.container)
     return packed
 
 
@@ -50,7 +55,7 @@ def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
     Args:
         packed: uint8 ``[..., ceil(count * bits / 8)]``.
-        bits: 2, 4 or 8.
+        bits: 2, 3, 4 or 8.
         count: Number of codes in a row, K.
 
     Returns:
@@ -61,8 +66,27 @@ def unpack_codes(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
         return packed[..., :count]
     codes = np.empty((*packed.shape[:-1], packed.shape[-1] * fmt.codes_per_byte), np.uint8)
     for lane in range(fmt.codes_per_byte):
-        np.bitwise_and(packed >> (lane * bits), fmt.qmax, out=codes[..., lane :: fmt.codes_per_byte])
+        np.bitwise_and(packed >> (lane * fmt.container), fmt.qmax, out=codes[..., lane :: fmt.codes_per_byte])
     return codes[..., :count]
+
+
+def centred(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Move packed codes of a symmetric grid so that their middle is that of the container.
+
+    Args:
+        packed: uint8 ``[..., ceil(K * bits / 8)]`` from `pack_codes`.
+        bits: Width of the codes: 2, 3, 4 or 8.
+
+    Returns:
+        uint8, the same shape, packed codes of the container's width; `packed` itself where the middles are the same.
+    """
+    fmt = int_format(bits)
+    if not fmt.shift:
+        return packed
+    # No code reaches the end of its container so, and none is carried into the next: one addition moves all of a byte.
+    every = sum(fmt.shift << (lane * fmt.container) for lane in range(fmt.codes_per_byte))
+    moved: np.ndarray = packed + np.uint8(every)
+    return moved
 
 
 def pack_matmul_nbits(packed: np.ndarray, bits: int, columns: int, block_size: int, pad_code: int) -> np.ndarray:
@@ -70,7 +94,7 @@ def pack_matmul_nbits(packed: np.ndarray, bits: int, columns: int, block_size: i
 
     Args:
         packed: uint8 ``[N, ceil(K * bits / 8)]`` from `pack_codes`.
-        bits: 2, 4 or 8.
+        bits: 2, 3, 4 or 8.
         columns: K.
         block_size: Codes in a block.
         pad_code: The code that fills a ragged last block; its value is never multiplied with anything but zeros.
@@ -79,7 +103,7 @@ def pack_matmul_nbits(packed: np.ndarray, bits: int, columns: int, block_size: i
         uint8 ``[N, ceil(K / block_size), block_size * bits / 8]``; a view of `packed` where no padding is needed.
     """
     blocks = -(-columns // block_size)
-    blob = block_size * bits // 8
+    blob = block_size // int_format(bits).codes_per_byte
     if blocks * block_size != columns:
         codes = unpack_codes(packed, bits, columns)
         fill = np.full((len(packed), blocks * block_size - columns), pad_code, np.uint8)
@@ -92,9 +116,9 @@ def integer_codes(codes: np.ndarray, bits: int, *, signed: bool, width: int) -> 
 
     Args:
         codes: uint8, any shape.
-        bits: Width of the codes: 2, 4 or 8.
+        bits: Width of the codes: 2, 3, 4 or 8.
         signed: Whether the type is signed.
-        width: Width of the type, at least `bits`.
+        width: Width of the type: 2, 4 or 8, at least `bits`.
 
     Returns:
         uint8, the same shape, values below ``2**width``.
@@ -111,10 +135,10 @@ def transpose_packed(packed: np.ndarray, bits: int, columns: int, *, signed: boo
 
     Args:
         packed: uint8 ``[N, ceil(K * bits / 8)]`` from `pack_codes`.
-        bits: Width of the codes: 2, 4 or 8.
+        bits: Width of the codes: 2, 3, 4 or 8.
         columns: K.
         signed: Whether the tensor's type is signed; its values are ``code - mid`` then.
-        width: Width of the tensor's type, at least `bits`.
+        width: Width of the tensor's type: 2, 4 or 8, at least `bits`.
 
     Returns:
         uint8 ``[ceil(K * N * width / 8)]``.

@@ -56,36 +56,59 @@ def upper_factor(hessian: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1])
 
 
-def shift(weight: np.ndarray, drift: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    """What is added to a weight to make up for what happened to the activations before: ``W D H^-1``.
+def shift(weight: np.ndarray, drift: np.ndarray, hessian: np.ndarray, residual: np.ndarray | None = None) -> np.ndarray:
+    """What is added to a weight to make up for what happened to the activations before: ``(W D + R) H^-1``.
 
     With x_f the float model's activations and x those of the quantized one, ``D = sum (x_f - x) x^T``; then
-    ``||Q X - W X_f||^2`` is ``||(Q - W - W D H^-1) X||^2`` and a constant.
+    ``||Q X - W X_f||^2`` is ``||(Q - W - W D H^-1) X||^2`` and a constant. With r what the product is added to and
+    ``R = sum (r_f - r) x^T`` the same holds of ``||(Q X + r) - (W X_f + r_f)||^2``.
 
     Args:
         weight: float32 ``[N, K]``.
         drift: D, float64 ``[K, K]``.
         hessian: float64 ``[K, K]``, damped.
+        residual: R, ``[N, K]``.
 
     Returns:
         float32 ``[N, K]``.
     """
-    return np.asarray(weight @ np.linalg.solve(hessian, drift.T).T.astype(np.float32))  # D H^-1, as H is symmetric
+    # On a unit diagonal, what damping leaves is conditioned well enough for float32, which is twice as fast.
+    unit = 1 / np.sqrt(np.diagonal(hessian))
+    scaled, small = (hessian * unit * unit[:, None]).astype(np.float32), unit.astype(np.float32)
+    if residual is None and len(weight) > len(hessian):
+        found = weight @ np.linalg.solve(scaled, (drift * unit).astype(np.float32).T).T
+    else:
+        found = np.linalg.solve(scaled, (_missing(weight, drift, residual) * small).T).T
+    return np.asarray(found * small)
 
 
-def supported_share(weight: np.ndarray, change: np.ndarray, drift: np.ndarray, hessian: np.ndarray) -> float:
+def _missing(weight: np.ndarray, drift: np.ndarray, residual: np.ndarray | None) -> np.ndarray:
+    """W D + R, float32."""
+    product = weight @ drift.astype(np.float32)
+    return np.asarray(product if residual is None else product + residual.astype(np.float32))
+
+
+def supported_share(
+    weight: np.ndarray,
+    change: np.ndarray,
+    drift: np.ndarray,
+    hessian: np.ndarray,
+    residual: np.ndarray | None = None,
+) -> float:
     """The share, 0 to 1, of a `shift` found on other data that brings products closest to the float model's.
 
-    ``||(W + share * change) X - W X_f||^2`` is least where the share is ``<W D, change> / <change H, change>``.
+    ``||(W + share * change) X - W X_f||^2`` is least where the share is ``<W D, change> / <change H, change>``, with R
+    added to W D where there is a residual.
 
     Args:
         weight: float32 ``[N, K]``.
         change: float32 ``[N, K]``.
         drift: D of these data, float64 ``[K, K]``.
         hessian: H of these data, float64 ``[K, K]``.
+        residual: R of these data, ``[N, K]``.
     """
     cost = float(row_losses(change, hessian.astype(np.float32)).sum())
-    gain = float(np.einsum("nk,nk->", weight @ drift.astype(np.float32), change, dtype=np.float64))
+    gain = float(np.einsum("nk,nk->", _missing(weight, drift, residual), change, dtype=np.float64))
     return min(1.0, max(0.0, gain / cost)) if cost > 0 else 0.0
 
 

@@ -6,8 +6,11 @@ where they read. `streams` finds the activations through which all layers talk t
 attention, and `mixing` changes constants.
 """
 
-from qcompiler.rotation.heads import HeadPlan, plan_heads, reads_attention
-from qcompiler.rotation.mixing import Changes, Mix
+from qcompiler.rotation.heads import linear_heads, mix_heads, reads_attention
+from qcompiler.rotation.mixing import Changes, Mix, Order
 from qcompiler.rotation.streams import Gain, Reader, Stream, find_streams
 
-__all__ = ["Changes", "Gain", "HeadPlan", "Mix", "Reader", "Stream", "find_streams", "plan_heads", "reads_attention"]
+__all__ = [
+    "Changes", "Gain", "Mix", "Order", "Reader", "Stream", "find_streams", "linear_heads", "mix_heads",
+    "reads_attention",
+]  # fmt: skip

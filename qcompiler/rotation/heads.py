@@ -13,10 +13,11 @@ import onnx_ir as ir
 from qcompiler.foldings import Folding
 from qcompiler.foldings.rules import constant_read, label, pass_through
 from qcompiler.foldings.shapes import BlockedError
-from qcompiler.graph import Site
+from qcompiler.graph import Site, constant_array
+from qcompiler.rotation.mixing import Changes, Mix
 from qcompiler.rotation.operators import one_value
 
-__all__ = ["HeadPlan", "plan_heads", "reads_attention"]
+__all__ = ["HeadPlan", "linear_heads", "mix_heads", "plan_heads", "reads_attention"]
 
 _ATTENTIONS = {"MatMul", "Attention", "MultiHeadAttention", "GroupQueryAttention"}
 _MOVES = {
@@ -77,6 +78,40 @@ def plan_heads(folding: Folding) -> HeadPlan:
     for node, place, ids in plan.constants:
         _require_all(node, place, ids, members)
     return HeadPlan(site, members, tuple(plan.readers), columns, owner, tuple(plan.constants))
+
+
+def linear_heads(folding: Folding) -> HeadPlan:
+    """The heads that the folding's channels make up, between linear layers alone; raises BlockedError."""
+    if not folding.legal:
+        raise BlockedError(folding.reason)
+    plan = plan_heads(folding)
+    for site in (plan.source, *plan.readers):
+        if site.node.op_type == "Conv":
+            raise BlockedError(f"{label(site.node)} is a convolution")
+        if site.nested:
+            raise BlockedError(f"'{site.name}' is inside the body of {site.nested}")
+    if plan.heads.shape[1] < 2:
+        raise BlockedError("its heads have one channel")
+    return plan
+
+
+def mix_heads(plan: HeadPlan, matrices: np.ndarray, changes: Changes) -> None:
+    """Note what becomes of the constants around an attention; matrices ``[G, D, D]``."""
+    changes.rows(plan.source, Mix(plan.heads, matrices))
+    columns = Mix(plan.columns, matrices[plan.owner])
+    for site in plan.readers:
+        changes.columns(site, columns)
+    for node, index, ids in plan.constants:
+        value = node.inputs[index]
+        assert value is not None
+        array = constant_array(value).astype(np.float64)
+        shape = array.shape
+        flat = np.broadcast_to(array.reshape(-1) if array.size > 1 else array.reshape(1), ids.size).copy()
+        place = np.full(plan.source.rows, -1)
+        places = ids.reshape(-1)
+        place[places[places >= 0]] = np.flatnonzero(places >= 0)
+        mixed = Mix(place[plan.heads], matrices).apply(flat)
+        changes.constant((node, index), mixed.reshape(shape if array.size == ids.size else ids.shape))
 
 
 def reads_attention(value: ir.Value) -> bool:

@@ -1,4 +1,4 @@
-"""Multiplying the constants of a model by orthogonal matrices, in float64 and rounded once."""
+"""Multiplying the constants of a model by orthogonal matrices, in float64 and rounded once; permuting them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from qcompiler.foldings.scaling import own_constant, own_weight
 from qcompiler.graph import Site, constant_array
 from qcompiler.quantized import from_stored, to_stored
 
-__all__ = ["Changes", "Mix", "MixedTensor", "set_constant"]
+__all__ = ["Changes", "Mix", "MixedTensor", "Order", "set_constant"]
 
 # Rows of a weight that are float64 at a time.
 _ROWS = 4096
@@ -38,10 +38,25 @@ class Mix:
 
 
 @dataclass(frozen=True, eq=False)
+class Order:
+    """A permutation of the channels.
+
+    Attributes:
+        channels: int ``[K]``, which channel stands at each place.
+    """
+
+    channels: np.ndarray
+
+    def apply(self, vectors: np.ndarray) -> np.ndarray:
+        """Rows ``[.., K]`` in that order."""
+        return vectors[..., self.channels]
+
+
+@dataclass(frozen=True, eq=False)
 class Step:
     """What becomes of a weight [N, K]: its rows are mixed, or its columns multiplied by `gain` [K] and mixed."""
 
-    mix: Mix
+    mix: Mix | Order
     rows: bool
     gain: np.ndarray | None = None
 
@@ -85,11 +100,11 @@ class Changes:
         self._sites: dict[ir.Node, tuple[Site, list[Step]]] = {}
         self._constants: list[tuple[ir.Node, int, np.ndarray]] = []
 
-    def rows(self, site: Site, mix: Mix) -> None:
+    def rows(self, site: Site, mix: Mix | Order) -> None:
         """Let the site write mixed channels."""
         self._sites.setdefault(site.node, (site, []))[1].append(Step(mix, rows=True))
 
-    def columns(self, site: Site, mix: Mix, gain: np.ndarray | None = None) -> None:
+    def columns(self, site: Site, mix: Mix | Order, gain: np.ndarray | None = None) -> None:
         """Let the site read mixed channels, multiplied by `gain` before; a lookup table writes them so."""
         self._sites.setdefault(site.node, (site, []))[1].append(Step(mix, rows=False, gain=gain))
 

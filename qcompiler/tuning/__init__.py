@@ -1,6 +1,7 @@
 """Learning by gradient what a weight is rounded to; needs the extra `torch`."""
 
 from qcompiler.tuning.distillation import Head, Stage, distill
+from qcompiler.tuning.fisher import fisher_information
 from qcompiler.tuning.learned_vector import LearnedVector
 from qcompiler.tuning.learned_weight import LearnedWeight, Pace, Start
 from qcompiler.tuning.rounding import Example, Outcome, Settings, fast_bfloat16, parted, tune_block
@@ -19,6 +20,7 @@ __all__ = [
     "Start",
     "distill",
     "fast_bfloat16",
+    "fisher_information",
     "learn_whole",
     "outcome_arrays",
     "outcome_of",

@@ -276,6 +276,7 @@ def test_gaussian_weights_reach_the_floor_of_the_table(bits, form, seed):
         (4, 128, False, "float16", 4.15625),  # (16 + 4) / 128
         (4, 64, False, "float32", 4.5625),  # (32 + 4) / 64
         (2, 64, False, "bfloat16", 2.28125),  # (16 + 2) / 64
+        (3, 64, False, "float32", 4.5625),  # codes and zero points of 3 bits are stored in 4
         (8, 512, True, "float32", 8.0625),  # one scale a row
     ],
 )

@@ -82,6 +82,7 @@ def test_clipping_pays_most_where_bits_are_few():
         gain[bits] = losses(weight, clip_grid(weight, spec), spec, one).sum() / before
     assert 0.99 < gain[8] <= 1
     assert 0.7 < gain[4] < 0.95
+    assert gain[2] < gain[3] < gain[4]
     assert gain[2] < 0.55
 
 

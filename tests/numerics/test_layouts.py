@@ -19,9 +19,11 @@ def quantized_weight(bits, size, symmetric, rows, columns, pad=True):
     spec = WeightSpec(bits, size, symmetric)
     weight = normal((rows, columns), bits * size + columns)
     grid = min_max_grid(weight, spec)
-    codes = quantize(weight, grid, spec)
-    packed = pack_codes(codes, bits)
-    arrays = {"B": pack_matmul_nbits(packed, bits, columns, size, spec.format.mid) if pad else packed}
+    codes, width = quantize(weight, grid, spec), FORMATS[bits].container
+    # Without zero points the operators take the middle of the container for zero.
+    shift = (1 << (width - 1)) - (1 << (bits - 1)) if symmetric else 0
+    packed = pack_codes(codes + np.uint8(shift), width)
+    arrays = {"B": pack_matmul_nbits(packed, width, columns, size, spec.format.mid) if pad else packed}
     arrays["scales"] = grid.scale
     if not symmetric:
         arrays["zero_points"] = pack_codes(grid.zero_point.astype(np.uint8), bits)
@@ -55,7 +57,8 @@ def test_matmul_nbits_computes_the_product_with_the_dequantized_weight(bits, siz
         inputs = ["x", "B", "scales", "" if symmetric else "zero_points", "", "bias" if with_bias else ""]
         while not inputs[-1]:
             inputs.pop()
-        attributes = {"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": 0}
+        width = FORMATS[bits].container
+        attributes = {"K": columns, "N": rows, "bits": width, "block_size": size, "accuracy_level": 0}
         model = operator_model("MatMulNBits", inputs, arrays, "x", TensorProto.FLOAT, **attributes)
         x = normal((3, columns), 1)
         want = x.astype(np.float64) @ weight.T.astype(np.float64) + (bias if with_bias else 0)
@@ -79,10 +82,11 @@ def test_gather_block_quantized_looks_up_dequantized_rows(bits, size, symmetric,
         arrays, table = quantized_weight(bits, size, symmetric, 7, columns, pad)
         arrays["B"] = arrays["B"].reshape(7, -1)
         inputs = ["B", "i", "scales", *([] if symmetric else ["zero_points"])]
-        attributes = {"bits": bits, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
+        width = FORMATS[bits].container
+        attributes = {"bits": width, "block_size": size, "gather_axis": 0, "quantize_axis": 1}
         model = operator_model("GatherBlockQuantized", inputs, arrays, "i", TensorProto.INT64, **attributes)
         (got,) = run(model, {"i": indices})
-        assert got.shape == (2, 2, -(-columns // size) * size if pad else -(-columns * bits // 8) * 8 // bits)
+        assert got.shape == (2, 2, -(-columns // size) * size if pad else -(-columns * width // 8) * 8 // width)
         want = table[indices]
         assert np.abs(got[..., :columns] - want).max() <= 1e-6 * np.abs(table).max()
 
@@ -92,7 +96,7 @@ def test_scales_may_be_negative(bits):
     """The full-range symmetric form gives groups whose extreme is positive a negative scale."""
     arrays, weight = quantized_weight(bits, 32, True, 4, 64)
     assert (arrays["scales"] < 0).any()
-    attributes = {"K": 64, "N": 4, "bits": bits, "block_size": 32, "accuracy_level": 0}
+    attributes = {"K": 64, "N": 4, "bits": FORMATS[bits].container, "block_size": 32, "accuracy_level": 0}
     model = operator_model("MatMulNBits", ["x", "B", "scales"], arrays, "x", TensorProto.FLOAT, **attributes)
     (got,) = run(model, {"x": np.eye(64, dtype=np.float32)})
     assert np.abs(got - weight.T).max() <= 1e-6 * np.abs(weight).max()
@@ -102,7 +106,7 @@ def test_scales_may_be_negative(bits):
 def test_int8_activations_of_level_4_stay_within_a_percent(bits):
     """Level 4 rounds each activation to 1/127 of its block's largest: about 0.6 % of a Gaussian's norm."""
     arrays, weight = quantized_weight(bits, 32, False, 16, 256)
-    attributes = {"K": 256, "N": 16, "bits": bits, "block_size": 32, "accuracy_level": 4}
+    attributes = {"K": 256, "N": 16, "bits": FORMATS[bits].container, "block_size": 32, "accuracy_level": 4}
     names = ["x", "B", "scales", "zero_points"]
     model = operator_model("MatMulNBits", names, arrays, "x", TensorProto.FLOAT, **attributes)
     x = normal((5, 256), 2)

@@ -86,7 +86,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("size", ["g16", "g32", "g64", "g128", "g256", "channel"])
 @SYMMETRY
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_format_computes_and_fuses_exactly(bits, size, form, run_fused, request):
     if bits == 2:
         request.getfixturevalue("opset_25")
@@ -112,6 +112,24 @@ def test_two_bits_with_an_odd_number_of_columns_are_held_in_four(form, N, run_fu
     outputs, operators = run_fused(model, feeds)
     assert operators == ["MatMulNBits"]
     assert_close(outputs[0], feeds["x"] @ weights["fc"].T)
+
+
+@SYMMETRY
+@pytest.mark.parametrize("N", [24, 5])
+def test_three_bits_are_held_in_four_and_need_no_more_than_these(form, N, run_fused):
+    model, weights, notes = qdq(linear_model(96, N, opset=12), f"w3a16-g32-{form}")
+    assert model.opset_imports[""] == 21
+    kind = "int4" if form == "sym" else "uint4"
+    assert notes["fc"] == f"DequantizeLinear of {kind}, block 32, holding 3-bit codes"
+    codes = next(tensor for name, tensor in model.graph.initializers.items() if name.endswith("_codes")).const_value
+    assert codes.dtype.name.lower() == kind
+    values = codes.numpy().astype(int)
+    assert (values.min(), values.max()) == ((-4, 3) if form == "sym" else (0, 7))
+    unit = {"x": np.eye(96, dtype=np.float32)}
+    outputs, operators = run_fused(model, unit)
+    assert operators == ["MatMulNBits"]
+    assert np.array_equal(outputs[0], weights["fc"].T)
+    assert np.array_equal(run(model, unit)[0], weights["fc"].T)
 
 
 @pytest.mark.parametrize(
@@ -479,7 +497,9 @@ def test_16_bit_activations_meet_a_float_bias():
     model, reference, feeds = integer("[fc] y = Gemm(x, m0, b0)", scheme="w8a16int", target="portable")
     gemm = model.graph[-1]
     assert (gemm.op_type, gemm.inputs[2].name) == ("Gemm", "b0")
-    assert check(model, reference, feeds, 40) == ["Gemm"]  # the rounding of the weights alone
+    # The rounding of the weights alone. ONNX Runtime 1.32 and newer fuse 8-bit weights of a Gemm, and round activations
+    # inside the product to 8 bits unless told otherwise (see `verify_audit`).
+    assert check(model, reference, feeds, 40, close=45) in (["Gemm"], ["MatMulNBits"])
 
 
 def test_tensorrt_gets_float_biases():

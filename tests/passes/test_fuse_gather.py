@@ -21,7 +21,7 @@ def lookup(K=64, dtype="float", text="[embed] y = Gather(t, i)", table=None):
     return parse(f"g (int64[B,S] i) => ({dtype}[B,S,{K}] y) {{ {text} }}", {"t": table})
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group", ["g16", "g32", "g64"])
 @pytest.mark.parametrize("form", ["sym", "asym"])
 def test_looked_up_rows_are_those_of_the_dequantized_table(bits, group, form):
@@ -33,13 +33,14 @@ def test_looked_up_rows_are_those_of_the_dequantized_table(bits, group, form):
     assert result.modified
     (record,) = result.records
     assert (record.site, record.action, record.spec) == ("embed", "fused", f"w{bits}a16-{group}-{form}")
-    assert record.reason == f"GatherBlockQuantized, block {group[1:]}"
+    assert record.reason == f"GatherBlockQuantized, block {group[1:]}" + (", holding 3-bit codes" if bits == 3 else "")
     zeros = ", t_zero_points" if form == "asym" else ""
     assert text_of(model) == [f"y = GatherBlockQuantized(t_table, i, t_scales{zeros})"]
     (node,) = model.graph
     assert node.domain == "com.microsoft"
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    assert attributes == {"bits": bits, "block_size": int(group[1:]), "gather_axis": 0, "quantize_axis": 1}
+    width = 4 if bits == 3 else bits
+    assert attributes == {"bits": width, "block_size": int(group[1:]), "gather_axis": 0, "quantize_axis": 1}
     assert node.metadata_props[PASS_KEY] == "fuse_gather"
     apply("cleanup", model, ctx)
     assert "t" not in model.graph.initializers
@@ -48,7 +49,7 @@ def test_looked_up_rows_are_those_of_the_dequantized_table(bits, group, form):
         assert np.allclose(got, half, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("K", [33, 40, 95])
 @pytest.mark.parametrize("scheme", ["g32-asym", "g16-sym", "channel-asym"])
 def test_rows_that_do_not_fill_their_blocks_are_cut(bits, K, scheme):
@@ -108,6 +109,24 @@ def test_int32_indices_and_float16_tables():
 
 def the_scales(model):
     return model.graph[0].inputs[2].const_value
+
+
+@pytest.mark.parametrize("form", ["sym", "asym"])
+@pytest.mark.parametrize("K", [64, 40])
+def test_a_tied_table_of_three_bits_means_the_same_to_both_readers(K, form):
+    text = """g (int64[B,S] i) => (float[B,S,512] y, float[B,S,K] h) {
+        [embed] h = Gather(t, i) w = Transpose(t) [head] y = MatMul(h, w) }"""
+    model = parse(text, {"t": normal((512, K), 1)})
+    ctx = context(plan=plan(f"w3a16-g32-{form}"))
+    quantized(model, ctx)
+    half = run(model, INDICES)
+    for name in ("fuse_gather", "fuse_matmul_nbits", "cleanup"):
+        apply(name, model, ctx)
+    nodes = {node.op_type: node for node in model.graph}
+    assert [nodes[name].attributes["bits"].as_int() for name in ("GatherBlockQuantized", "MatMulNBits")] == [4, 4]
+    got = run(model, INDICES)
+    assert np.array_equal(got[1], half[1])
+    assert np.linalg.norm(got[0] - half[0]) <= 1e-5 * np.linalg.norm(half[0])
 
 
 @pytest.mark.parametrize("K", [64, 40])

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY
+from qcompiler.numerics.packing import unpack_codes
 from qcompiler.sites import find_sites
 from tests.builders import apply, context, linear_model, normal, only, parse, quantized, run, text_of, the_site
 
@@ -172,7 +173,9 @@ def test_attributes_type_shape_and_provenance():
     assert find_sites(model)[0] == []
 
 
-@pytest.mark.parametrize(("bits", "wanted", "level"), [(4, None, 0), (2, None, 4), (8, None, 4), (8, 0, 0), (4, 4, 4)])
+@pytest.mark.parametrize(
+    ("bits", "wanted", "level"), [(4, None, 0), (3, None, 0), (2, None, 4), (8, None, 4), (8, 0, 0), (4, 4, 4)]
+)
 def test_the_accuracy_level_is_always_written(bits, wanted, level):
     model = linear_model(64, 24)
     ctx = context(scheme=f"w{bits}a16-g32-sym", accuracy_level=wanted)
@@ -180,10 +183,34 @@ def test_the_accuracy_level_is_always_written(bits, wanted, level):
     (half,) = run(model, input_of("B,64"))
     (record,) = apply("fuse_matmul_nbits", model, ctx).records
     assert model.graph[0].attributes["accuracy_level"].as_int() == level
-    assert record.reason == f"MatMulNBits, block 32, accuracy level {level}"
+    held = ", holding 3-bit codes" if bits == 3 else ""
+    assert record.reason == f"MatMulNBits, block 32, accuracy level {level}{held}"
     (got,) = run(model, input_of("B,64"))
     # Level 4 rounds activations to 8 bits.
     assert np.linalg.norm(got - half) <= (1e-2 if level == 4 else 1e-5) * np.linalg.norm(half)
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])  # with and without negative scales
+@pytest.mark.parametrize("form", ["sym", "asym"])
+@pytest.mark.parametrize("size", ["g16", "g64", "channel"])
+@pytest.mark.parametrize("K", [64, 77])
+def test_three_bits_are_held_in_four_with_zero_where_the_kernel_looks_for_it(target, form, size, K):
+    """The product with the unit matrix is the weight, exactly: one code times one scale."""
+    model = linear_model(K, 24)
+    ctx = context(scheme=f"w3a16-{size}-{form}", target=target)
+    quantized(model, ctx)
+    tensor = the_site(model).quantized
+    values, codes = tensor.dequantized(), tensor.codes()
+    apply("fuse_matmul_nbits", model, ctx)
+    (node,) = model.graph
+    assert node.attributes["bits"].as_int() == 4
+    stored = unpack_codes(node.inputs[1].const_value.numpy(), 4, node.attributes["block_size"].as_int())
+    stored = stored.reshape(24, -1)[:, :K]
+    assert np.array_equal(stored, codes + (4 if form == "sym" else 0))
+    assert codes.max() == 7
+    assert len(np.unique(codes)) == (7 if (form, target) == ("sym", "tensorrt") else 8)
+    (got,) = run(model, {"x": np.eye(K, dtype=np.float32)})
+    assert np.array_equal(got, values.T)
 
 
 @pytest.mark.parametrize("scheme", ["w2a16-channel-sym", "w4a16-channel-asym", "w8a16-channel-asym", "w4a16-g256-sym"])
@@ -287,7 +314,7 @@ def test_it_applies_to_its_output_form_alone():
     assert not step.applies(context(output_format="qdq").config)
 
 
-@pytest.mark.parametrize(("scheme", "bits"), [("w4a8", 4), ("w2a8-g32", 2), ("w8a8-g32", 8), ("w4a16", 4)])
+@pytest.mark.parametrize(("scheme", "bits"), [("w4a8", 4), ("w3a8", 4), ("w2a8-g32", 2), ("w8a8-g32", 8), ("w4a16", 4)])
 @pytest.mark.parametrize("wanted", [None, 0, 1])
 def test_8_bit_activations_by_blocks_are_the_kernels_work(scheme, bits, wanted):
     model = linear_model(64, 24)
@@ -301,7 +328,7 @@ def test_8_bit_activations_by_blocks_are_the_kernels_work(scheme, bits, wanted):
     assert node.attributes["bits"].as_int() == bits
     level = 4 if "a8" in scheme else 0 if wanted is None else wanted
     assert node.attributes["accuracy_level"].as_int() == level
-    assert result.records[0].reason.endswith(f"accuracy level {level}")
+    assert f"accuracy level {level}" in result.records[0].reason
 
 
 def test_sites_whose_activations_the_graph_quantizes_are_left_to_export_qdq():

@@ -8,7 +8,7 @@ import pytest
 from qcompiler.errors import NumericsError, SchemeError
 from qcompiler.graph import read_weight
 from qcompiler.numerics.affine import WeightSpec, clip_grid, dequantize, min_max_grid, quantize
-from qcompiler.numerics.second_order import damped, shift, sweep, upper_factor
+from qcompiler.numerics.second_order import damped, shift, supported_share, sweep, upper_factor
 from qcompiler.passes import load
 from qcompiler.scheme import Pattern, Scheme, SchemePlan
 from qcompiler.statistics import LayerFacts
@@ -113,6 +113,25 @@ def test_the_shifted_target_is_the_float_product_in_other_words():
         errors = x @ other.T - wanted @ weight.T, x @ (other - target).T
         differences.append(np.square(errors[0]).sum() - np.square(errors[1]).sum())
     assert np.allclose(differences, differences[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [10, 60])
+def test_the_target_makes_up_for_what_the_product_is_added_to(rows):
+    """``||(Q X + r) - (W X_f + r_f)||^2`` and ``||(Q - target) X||^2`` differ by the same for all Q."""
+    x, wanted = drifted()
+    weight, missing = normal((rows, 48), 3), normal((len(x), rows), 8, "float64") + x[:, :1]
+    drift, residual = (wanted - x).T @ x, missing.T @ x
+    target = weight + shift(weight, drift, x.T @ x, residual)
+    differences = []
+    for seed in range(4):
+        other = normal((rows, 48), seed + 4)
+        errors = x @ other.T - wanted @ weight.T - missing, x @ (other - target).T
+        differences.append(np.square(errors[0]).sum() - np.square(errors[1]).sum())
+    assert np.allclose(differences, differences[0], rtol=1e-3)
+    # All of it is supported by the data that it was found on, and none by those on which it is the other way round.
+    change = target - weight
+    assert supported_share(weight, change, drift, x.T @ x, residual) == pytest.approx(1, abs=1e-3)
+    assert supported_share(weight, change, -drift, x.T @ x, -residual) == 0
 
 
 def test_drift_is_made_up_for():
@@ -282,6 +301,24 @@ def test_it_beats_rounding_on_what_the_layer_computes(dtype):
         (got,) = run(model, held_out)
         errors[algorithm] = np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want.astype(np.float64))
     assert errors["gptq"] < 0.5 * errors["rtn"] < 0.05
+
+
+@pytest.mark.parametrize("form", ["sym", "asym"])
+def test_three_bits_lie_between_two_and_four_and_beat_rounding(form):
+    """What counts is the loss on the Hessian, the mean of four problems."""
+    loss = {}
+    for bits in (2, 3, 4):
+        spec = WeightSpec(bits, 16, form == "sym")
+        for name in ("gptq", "rtn"):
+            step = load(name)(context(), {})
+            loss[name, bits] = 0.0
+            for seed in range(4):
+                weight, known = normal((10, 48), seed), facts(seed=seed)
+                result = step.quantize(weight, spec, known)
+                assert result.codes.max() <= spec.format.qmax
+                loss[name, bits] += loss_of(weight, result, known.hessian, spec).sum()
+    assert loss["gptq", 4] < 0.5 * loss["gptq", 3] < 0.25 * loss["gptq", 2]
+    assert loss["gptq", 3] < 0.5 * loss["rtn", 3]
 
 
 def test_tables_and_bodies_are_rounded_on_clipped_grids():

@@ -27,7 +27,9 @@ def test_codes_are_the_nearest_on_the_refined_grid(form, clip):
     assert not np.array_equal(grid.scale, starts[0].scale)
 
 
-@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w4a16-g32-sym", "w2a16-g32-asym", "w8a16-g32-sym"])
+@pytest.mark.parametrize(
+    "scheme", ["w4a16-g32-asym", "w4a16-g32-sym", "w3a16-g32-sym", "w2a16-g32-asym", "w8a16-g32-sym"]
+)
 def test_the_loss_is_what_it_says_and_less_than_that_of_rounding(scheme):
     results = {}
     for algorithm in ("rtn", "hqq"):

@@ -65,7 +65,8 @@ def error(model, outputs=("h1", "h2")):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "factor"), [("w4a16-g16-asym", 0.85), ("w4a16-g16-sym", 0.85), ("w2a16-g16-asym", 0.75)]
+    ("scheme", "factor"),
+    [("w4a16-g16-asym", 0.85), ("w4a16-g16-sym", 0.85), ("w3a16-g16-sym", 0.85), ("w2a16-g16-asym", 0.75)],
 )
 def test_blocks_come_nearer_to_the_float_model_than_gptq_brings_them(scheme, factor):
     """Random weights on random tokens leave less to learn than a trained model; at 2 bits there is more."""

@@ -1,11 +1,14 @@
 """Formats chosen for a budget: it is met, spent where it counts, and refused where it is too small."""
 
+import dataclasses
 import itertools
 import re
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from qcompiler.checkpoints import Checkpoints
 from qcompiler.errors import CalibrationError, ModelError, SchemeError
 from qcompiler.files.saver import save_model
 from qcompiler.graph import SCHEME_KEY
@@ -278,6 +281,17 @@ def test_qdq_gets_formats_of_its_opset():
     assert 2 in {scheme.bits for scheme in schemes(model).values()}
 
 
+def test_a_scheme_of_three_bits_is_a_candidate_that_pays_for_four():
+    model = stack()
+    for site in find_sites(model)[0]:
+        site.node.metadata_props[SCHEME_KEY] = "w3a16-g32-asym"
+    ctx = context(batches=batches(), scheme="w3a16-g32-asym", bits_per_weight=4.2)
+    result = apply("mixed_precision", model, ctx, swaps=0)
+    assert 4 < bits_per_weight(model) <= 4.2
+    # 5.125 bits a weight is what the scheme takes, with 36 / 32 for scales and zero points.
+    assert "as --scheme says: 5.125 bits a weight" in result.records[0].reason
+
+
 def test_small_constants_count_like_the_typical_weight():
     text = "g (float[B,64] x) => (float[B,8] y) { [a] h = MatMul(x, v) [b] y = MatMul(h, w) }"
     model = parse(text, {"v": normal((64, 128), 1), "w": normal((128, 8), 2)})  # 4 KB of w are part of the session
@@ -285,3 +299,26 @@ def test_small_constants_count_like_the_typical_weight():
     apply("assign_scheme", model, ctx)
     result = apply("mixed_precision", model, ctx)
     assert all(record.metrics["expected_cost"] > 0 for record in assigned_records(result))
+
+
+def test_a_plan_is_remembered_until_something_changes(tmp_path, monkeypatch):
+    """The plan of an interrupted run is taken over as it is; another budget, or another weight, has one of its own."""
+    store = Checkpoints(tmp_path)
+
+    def planned(budget, change=0.0):
+        model = stack()
+        value = model.graph.initializers["w1"]
+        value.const_value = ir.tensor(value.const_value.numpy() + np.float32(change))
+        ctx = context(batches=batches(), scheme="w4a16-g32-asym", bits_per_weight=budget)
+        result = apply("mixed_precision", model, dataclasses.replace(ctx, checkpoints=store))
+        return schemes(model), result.records
+
+    first = planned(4.0)
+    assert store.tally == {"mixed_precision": (0, LAYERS + 1)}
+    assert planned(5.0)[0] != first[0]
+    planned(4.0, 0.01)
+    assert store.tally == {"mixed_precision": (0, 3 * (LAYERS + 1))}
+    monkeypatch.setattr("qcompiler.mixing_trials.Trials.measure", lambda *_: pytest.fail("measured again"))
+    again = planned(4.0)
+    assert store.tally == {"mixed_precision": (LAYERS + 1, 4 * (LAYERS + 1))}
+    assert again == first

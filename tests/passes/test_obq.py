@@ -109,6 +109,16 @@ def test_it_beats_rounding_on_what_the_layer_computes():
     assert errors["obq"] < 0.8 * errors["rtn"]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_three_bits_lie_between_two_and_four(symmetric):
+    weight, known, loss = normal((10, 48), 3), facts(), {}
+    for bits in (2, 3, 4):
+        result = obq().quantize(weight, WeightSpec(bits, 16, symmetric), known)
+        assert result.codes.max() <= 2**bits - 1
+        loss[bits] = result.loss.sum()
+    assert loss[4] < 0.5 * loss[3] < 0.25 * loss[2]
+
+
 def test_all_sites_of_a_model_are_recorded():
     plan = SchemePlan(Scheme.parse("w4a16-g16-asym"), Scheme.parse("w8a16-g32-asym"), None)
     data = token_batches(2)

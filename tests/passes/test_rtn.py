@@ -43,6 +43,20 @@ def test_codes_are_the_nearest_on_the_grid_of_the_scheme(bits, clip, form):
         assert np.array_equal(tensor.zero_point, grid.zero_point)
 
 
+@pytest.mark.parametrize("algorithm", ["rtn", "hqq"])
+@pytest.mark.parametrize("form", ["sym", "asym"])
+def test_three_bits_lie_between_two_and_four(algorithm, form):
+    """A bit more halves the step, which is 6 dB; what is stored is that of 4 bits."""
+    found = {}
+    for bits in (2, 3, 4):
+        model, ctx = linear_model(256, 24), context(scheme=f"w{bits}a16-g32-{form}")
+        apply("assign_scheme", model, ctx)
+        (record,) = apply(algorithm, model, ctx).records
+        found[bits] = record.metrics
+    assert found[2]["sqnr_db"] + 4 < found[3]["sqnr_db"] < found[4]["sqnr_db"] - 4
+    assert found[2]["bits_per_weight"] < found[3]["bits_per_weight"] == found[4]["bits_per_weight"]
+
+
 def test_the_graph_stays_and_the_record_says_what_was_done():
     """4 bits in groups of 32 of Gaussian weights: 20 dB, 4 + (32 + 4) / 32 bits each."""
     model = linear_model(64, 24, bias=True)
