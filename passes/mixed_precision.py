@@ -13,10 +13,13 @@ The budget is `bits_per_weight`, over the linear layers, or `max_size`, of the f
 the smallest formats. The scheme given is the one whose symmetry all formats have. Where nothing else is gained by more
 bits a weight stays float. Weights of sites whose activations are quantized, and weights inside bodies, keep their
 formats; lookup tables are weighed by ||W - Q||^2 in the place of 1.
+
+What gets a format is a weight, those that read the same, those of a layer, or a head of an attention (`units`; see
+`mixing_heads`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -26,6 +29,7 @@ from qcompiler.config import CompileConfig
 from qcompiler.errors import CalibrationError, ModelError, SchemeError
 from qcompiler.graph import SCHEME_KEY, Site
 from qcompiler.mixing import UNITS, MixedSite, Unit, fixed_bytes, formats_of, units_of
+from qcompiler.mixing_heads import CutLayer, cut_heads, join_heads
 from qcompiler.mixing_trials import Trials
 from qcompiler.numerics.allocation import Choice, allocate, cheapest, efficient, frontier, swapped, totals
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, assigned_sites, site_scheme
@@ -88,6 +92,20 @@ class MixedPrecision(QuantPass):
         if calibration is None or not len(calibration.batches):
             raise CalibrationError("a budget is spent by what data show; give --calibration PATH")
         opset = model.graph.opset_imports.get("", 0)
+        layers: list[CutLayer] = []
+        whole: dict[str, str] = {}
+        if self.options.units == "head":
+            layers, whole = cut_heads(model, [site for site in assigned_sites(model) if self._mixed(site, opset)])
+        try:
+            records = self._assigned(model, opset)
+        finally:
+            joined = join_heads(layers)
+        records = _joined(records, joined)
+        records += [SiteRecord(name, "skipped", reason=f"not cut into heads: {why}") for name, why in whole.items()]
+        return QuantPassResult(model, True, tuple(records))
+
+    def _assigned(self, model: ir.Model, opset: int) -> list[SiteRecord]:
+        """Write the schemes on the nodes; what was done, with the curve."""
         sites = [one for site in assigned_sites(model) if (one := self._mixed(site, opset)) is not None]
         if not sites:
             raise ModelError("mixed_precision: there is no weight-only site to choose formats for")
@@ -107,7 +125,7 @@ class MixedPrecision(QuantPass):
         choices = [unit.choices for unit in units]
         points = [(point, 0.0) for point in frontier(choices, _POINTS)] + [(totals(choices, chosen), 1.0)]
         records += [_point(point, weights, chosen=mark) for point, mark in points]
-        return QuantPassResult(model, True, (SiteRecord(self.name, "rewritten", reason=note.decode()), *records))
+        return [SiteRecord(self.name, "rewritten", reason=note.decode()), *records]
 
     def _planned(self, model: ir.Model, sites: Sequence[MixedSite]) -> Arrays:
         """What was measured of the sites, the index of each unit's format, and what was done in words."""
@@ -231,6 +249,27 @@ def _assign(unit: Unit, index: int, users: Mapping[ir.Value, Sequence[ir.Node]])
             )
         else:
             yield SiteRecord(one.site.name, "assigned", str(scheme), "", metrics)
+
+
+def _joined(records: Iterable[SiteRecord], joined: Mapping[str, Sequence[tuple[str, list[str]]]]) -> list[SiteRecord]:
+    """Records of heads made those of the layers that heads became; all of a layer's heads have the same size."""
+    place = {head: (layer, name) for layer, parts in joined.items() for name, heads in parts for head in heads}
+    found: dict[str, list[SiteRecord]] = {}
+    for record in records:
+        layer, name = place.get(record.site, ("", record.site))
+        found.setdefault(name if layer else f"{record.site} {len(found)}", []).append(record)
+    made = []
+    for name, members in found.items():
+        first = members[0]
+        if first.site not in place:
+            made.append(first)
+            continue
+        metrics = {
+            "bits_per_weight": sum(each.metrics["bits_per_weight"] for each in members) / len(members),
+            "expected_cost": sum(each.metrics["expected_cost"] for each in members),
+        }
+        made.append(replace(first, site=name, metrics=metrics))
+    return made
 
 
 def _point(point: Choice, weights: int, *, chosen: float) -> SiteRecord:

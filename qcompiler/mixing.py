@@ -16,7 +16,7 @@ from qcompiler.targets import form_bytes, qdq_opset, site_refusal
 
 __all__ = ["UNITS", "MixedSite", "Unit", "fixed_bytes", "formats_of", "layer_of", "units_of"]
 
-UNITS = ("site", "reading", "layer")
+UNITS = ("site", "head", "reading", "layer")
 # Group sizes by width. Smaller ones than these take as much as a wider format of larger groups, and lose more; so do
 # 3-bit codes, which are stored in 4 bits.
 _LADDER = {2: (16, 32, 64, 128, 256), 4: (32, 64, 128, 256), 8: (64, 128, 256)}
@@ -128,7 +128,7 @@ def _is_held(site: Site, scheme: Scheme, opset: int, config: CompileConfig) -> b
 
 
 def units_of(sites: Sequence[MixedSite], kind: str) -> list[Unit]:
-    """Group weights: each by itself (`site`), with those that read the same activation, or with those of its layer."""
+    """Group weights: each by itself (`site`; `head`, see `mixing_heads`), or those of a `reading` or a `layer`."""
     groups: dict[object, list[MixedSite]] = {}
     for one in sites:
         key: object = one

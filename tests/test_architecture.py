@@ -70,8 +70,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "mixing": (
         "mixing mixing_*",
-        "itself passes.base sensitivity trials segments statistics session scratch targets graph config scheme "
-        "numerics errors",
+        "itself passes.base rotation foldings lowering sensitivity trials segments statistics session scratch targets "
+        "graph config scheme numerics errors",
     ),
     "trials": ("trials", "statistics numerics errors"),
     "sensitivity": ("sensitivity", "verify segments calibration session errors"),

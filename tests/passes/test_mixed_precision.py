@@ -122,7 +122,7 @@ def test_when_it_applies_and_what_it_refuses():
                     {"bits_per_weight": 4.0, "target_kl": 0.1}):  # fmt: skip
         with pytest.raises(SchemeError, match="budget"):
             context(**options)
-    for option in ("rows=0", "probes=0", "tokens=0", "swaps=-1", "units=head"):
+    for option in ("rows=0", "probes=0", "tokens=0", "swaps=-1", "units=row"):
         name, _, value = option.partition("=")
         with pytest.raises(SchemeError, match=f"pass mixed_precision: {option} (has to be|is unknown)"):
             kind(context(bits_per_weight=4.0), {name: value})
