@@ -124,7 +124,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "kernels.build": ("kernels.build", "kernels.library kernels.schemas errors"),
     "kernels.library": ("kernels.library", "errors"),
     "kernels.reference": ("kernels.reference", "kernels.schemas numerics errors"),
-    "kernels.schemas": ("kernels kernels.schemas", "errors"),
+    "kernels.schemas": ("kernels kernels.schemas", "numerics errors"),
     "numerics": ("numerics numerics.*", "itself errors"),
     "extras": ("extras", "errors"),
     "errors": ("errors", ""),

@@ -15,14 +15,31 @@ middle of the container for zero, 8 at 4 bits: see `centred`.
 
 DequantizeLinear reads integer tensors: codes ``[K, N]`` for a MatMul, unsigned with zero points or signed without. ONNX
 packs integers below a byte in row-major order, low bits first; a row may begin within a byte.
+
+The operators of `qcompiler.kernels` read planes: each group's codes, low bits first, 1, 2 or 4 bits a code. 3-bit codes
+lie in two planes, the two low bits of each and the high one, so that no code straddles bytes: see `pack_planes`.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from qcompiler.numerics.formats import int_format
 
-__all__ = ["centred", "integer_codes", "pack_codes", "pack_matmul_nbits", "transpose_packed", "unpack_codes"]
+__all__ = [
+    "PLANES",
+    "centred",
+    "integer_codes",
+    "pack_codes",
+    "pack_matmul_nbits",
+    "pack_planes",
+    "transpose_packed",
+    "unpack_codes",
+    "unpack_planes",
+]
 
+# Bits of a code in each plane, from the lowest on.
+PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 # Columns that `transpose_packed` turns at a time: whole bytes at any width, and few enough to stay in the cache.
 _COLUMNS = 128
 
@@ -153,3 +170,52 @@ def transpose_packed(packed: np.ndarray, bits: int, columns: int, *, signed: boo
         first = start * rows // out_per_byte
         result[first : first + len(bytes_)] = bytes_
     return result
+
+
+def pack_planes(codes: np.ndarray, bits: int, group_size: int) -> list[np.ndarray]:
+    """Lay codes out as the operators of `qcompiler.kernels` read them.
+
+    Args:
+        codes: uint8 ``[N, K]`` with values below ``2**bits``.
+        bits: A width that `PLANES` has.
+        group_size: Columns of a group, a multiple of 8; a ragged last group is filled up with zeros.
+
+    Returns:
+        For each plane uint8 ``[N, G, group_size * width / 8]``, its codes one after the other, low bits first.
+    """
+    ragged = -codes.shape[1] % group_size
+    grouped = np.pad(codes, ((0, 0), (0, ragged))).reshape(len(codes), -1, group_size)  # [N, G, group_size]
+    planes, shift = [], 0
+    for width in PLANES[bits]:
+        plane = (grouped >> shift) & np.uint8((1 << width) - 1)
+        lanes = 8 // width
+        packed = np.zeros((*plane.shape[:2], group_size // lanes), np.uint8)
+        for lane in range(lanes):
+            packed |= plane[..., lane::lanes] << (lane * width)
+        planes.append(packed)
+        shift += width
+    return planes
+
+
+def unpack_planes(planes: Sequence[np.ndarray], bits: int, columns: int) -> np.ndarray:
+    """Reverse `pack_planes`.
+
+    Args:
+        planes: What it returned.
+        bits: The width of a code.
+        columns: K.
+
+    Returns:
+        uint8 ``[N, K]``.
+    """
+    total, shift = None, 0
+    for packed, width in zip(planes, PLANES[bits], strict=True):
+        lanes = 8 // width
+        plane = np.empty((*packed.shape[:2], packed.shape[2] * lanes), np.uint8)
+        for lane in range(lanes):
+            np.bitwise_and(packed >> (lane * width), (1 << width) - 1, out=plane[..., lane::lanes])
+        plane <<= shift
+        total = plane if total is None else total | plane
+        shift += width
+    assert total is not None
+    return np.asarray(total.reshape(len(total), -1)[:, :columns])
