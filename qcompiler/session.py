@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qcompiler.errors import KernelError
+from qcompiler.kernels.library import register
 from qcompiler.runtime import preload_cuda, require_onnxruntime
 
 __all__ = ["Executed", "Feeds", "InputSpec", "OrtRunner", "cpu_threads", "single_threaded_blas"]
@@ -88,6 +89,7 @@ class OrtRunner:
         record: bool = False,
         optimized: Path | None = None,
         fuse_qdq: bool = True,
+        custom_ops: Path | None = None,
     ) -> None:
         """Load a model.
 
@@ -103,6 +105,7 @@ class OrtRunner:
             record: Note which nodes run, for `executed`.
             optimized: Write the graph as it is after all optimizations here, its larger constants beside it.
             fuse_qdq: Whether encoders and decoders may become parts of integer kernels.
+            custom_ops: The library of our operators; without it their bodies run.
 
         Raises:
             KernelError: ONNX Runtime refuses the model, or has no such provider.
@@ -112,7 +115,7 @@ class OrtRunner:
         if provider not in available:
             raise KernelError(f"provider {provider} is not in this ONNX Runtime; it has {', '.join(available)}")
         preload_cuda(provider)
-        options = _options(threads, optimize, prepack, arena, fuse_qdq)
+        options = _options(threads, optimize, prepack, arena, fuse_qdq, custom_ops)
         self._record = tempfile.TemporaryDirectory(prefix="qcompiler-", ignore_cleanup_errors=True) if record else None
         _set_files(options, folder, optimized, self._record.name if self._record is not None else None)
         source = str(model) if isinstance(model, Path) else model
@@ -192,7 +195,7 @@ class OrtRunner:
         self.close()
 
 
-def _options(threads: int, optimize: bool, prepack: bool, arena: bool, fuse_qdq: bool) -> Any:
+def _options(threads: int, optimize: bool, prepack: bool, arena: bool, fuse_qdq: bool, custom_ops: Path | None) -> Any:
     """ONNX Runtime's session options that every session here has."""
     onnxruntime = require_onnxruntime()
     options = onnxruntime.SessionOptions()
@@ -207,6 +210,8 @@ def _options(threads: int, optimize: bool, prepack: bool, arena: bool, fuse_qdq:
     if not fuse_qdq:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.enable_cpu_mem_arena = arena
+    if custom_ops is not None:
+        register(options, custom_ops)
     return options
 
 

@@ -35,7 +35,7 @@ def make_inputs(name, rows=(1,), N=24, K=136, group_size=32, dtype="float32", en
     shape = (N, groups, 1) if zeros == "each" else (1, 1, 1)
     zero_points = random.integers(0, 1 << bits, shape).astype(np.uint8)
     if zeros == "half":
-        zero_points = np.full(shape, 0.5, np.float32)
+        zero_points = np.full(shape, 0.5, dtype)
     return [activations, *planes, scales, zero_points, bias]
 
 

@@ -91,6 +91,13 @@ def test_wheel_holds_the_tree_and_nothing_else(wheel):
     assert "qcompiler/py.typed" in names
 
 
+def test_wheel_carries_the_operators_where_they_have_been_built(wheel):
+    library = "qcompiler/kernels/lib/libqcompiler_ops.so"
+    built = (ROOT / "kernels/python/lib/libqcompiler_ops.so").is_file()
+    assert (library in zipfile.ZipFile(wheel).namelist()) == built
+    assert wheel.name.endswith("-any.whl") != built
+
+
 def test_wheel_metadata(wheel):
     (info,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".dist-info/METADATA"))
     metadata = importlib.metadata.PathDistribution(zipfile.Path(wheel, info.removesuffix("METADATA"))).metadata

@@ -3,12 +3,14 @@
 
     build_wheel.py OUTPUT_FOLDER
 
-Uses the setuptools of the running Python (the extra `dev` has it) and needs no network.
+Uses the setuptools of the running Python (the extra `dev` has it) and needs no network. It carries the library of
+operators if `python -m qcompiler.kernels.build` has made it, and is named for this kind of machine then.
 """
 
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -31,6 +33,9 @@ def build_wheel(output: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         copy_tree(Path(folder))
         options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(output)]
+        if list((ROOT / "kernels/python/lib").glob("*.so")):  # what is compiled runs on one kind of machine
+            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            options.append(f"--config-settings=--build-option=--plat-name={platform}")
         subprocess.run([sys.executable, "-m", "pip", "wheel", *options, folder], check=True, stdin=subprocess.DEVNULL)
     return max(output.glob("onnx_qcompiler-*.whl"), key=lambda path: path.stat().st_mtime)
 

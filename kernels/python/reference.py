@@ -30,7 +30,7 @@ def run(name: str, inputs: Sequence[np.ndarray], *, accuracy_level: int = 0) -> 
     if name == "MatMulSigns":
         rows = np.where(rows >= 0, 1.0, -1.0) * np.abs(rows).mean(-1, keepdims=True)
     elif accuracy_level == 4:
-        rows = quantized_rows(rows, -(-weight.shape[1] // _scales(name, inputs).shape[1]))
+        rows = quantized_rows(rows, inputs[1].shape[2] * (8 // PLANES[operator(name).bits][0]))
     return np.asarray((rows @ weight.T + bias).astype(activations.dtype))
 
 

@@ -85,7 +85,7 @@ _FLOATS = ("float32", "float16")
 _OUTPUT = Operand("Y", ("T",), "[.., N]", "the product")
 _BIAS = Operand("bias", ("T",), "[N] or [1]", "what is added; [1] of zero where there is nothing to add")
 _SCALES = Operand("scales", ("T",), "[N, G, 1]", "of each group")
-_ZEROS = Operand("zero_points", ("uint8", "float32"), "[N, G, 1] or [1, 1, 1]", "the code that means zero")
+_ZEROS = Operand("zero_points", ("uint8", "T"), "[N, G, 1] or [1, 1, 1]", "the code that means zero")
 
 
 def _codes(bits: int) -> tuple[Operand, ...]:

@@ -1,0 +1,81 @@
+"""Build the library of operators from a checkout of the sources.
+
+    python -m qcompiler.kernels.build [--headers DIR] [--output FILE] [--sanitize address|thread]
+
+It takes a C++17 compiler and CMake. Headers of ONNX Runtime are those that are installed, those that --headers names,
+or are fetched. The library lies beside this file then, where `register` and wheels find it.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from qcompiler.errors import KernelError
+from qcompiler.kernels.headers import find_headers
+from qcompiler.kernels.library import FILE_NAME, PLACE, instruction_set
+
+__all__ = ["build", "main"]
+
+SOURCES = Path(__file__).parent.parent
+_LINES = 30  # of what a compiler says, from the first error on
+
+
+def build(output: Path = PLACE, headers: Path | None = None, sanitize: str = "") -> Path:
+    """Build the library.
+
+    Args:
+        output: The file to make; its folder is created, and the file replaced in one step.
+        headers: A folder with the headers of ONNX Runtime; None finds or fetches them.
+        sanitize: ``address`` or ``thread`` for a library with that sanitizer; empty for none.
+
+    Returns:
+        The file.
+
+    Raises:
+        KernelError: Something that it takes is missing, or the compiler refuses.
+    """
+    if not (SOURCES / "CMakeLists.txt").is_file():
+        raise KernelError("the sources of the operators are not part of the installed package; build in a checkout")
+    if shutil.which("cmake") is None:
+        raise KernelError("CMake is needed, and not installed; pip install cmake")
+    include = find_headers(headers, PLACE.parent / "headers")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as work:
+        options = [f"-DQC_ORT_INCLUDE={include}", f"-DQC_SANITIZE={sanitize}"]
+        _run(["cmake", "-S", str(SOURCES), "-B", work, *options])
+        _run(["cmake", "--build", work, "--parallel"])
+        draft = output.with_name(f".{output.name}.new")
+        shutil.copy(Path(work) / FILE_NAME, draft)
+        draft.replace(output)
+    return output
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        first = next((at for at, line in enumerate(lines) if "error" in line.lower()), max(0, len(lines) - _LINES))
+        told = "\n".join(lines[first : first + _LINES])
+        raise KernelError(f"building the operators: {' '.join(command)} ended with {done.returncode}:\n{told}")
+
+
+def main() -> None:
+    """Read the command line, build, and say what was made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--headers", type=Path, metavar="DIR", help="folder that holds onnxruntime_cxx_api.h")
+    parser.add_argument("--output", type=Path, default=PLACE, metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--sanitize", choices=("address", "thread"), default="", help="for tests of the library")
+    args = parser.parse_args()
+    try:
+        made = build(args.output, args.headers, args.sanitize)
+    except KernelError as error:
+        sys.exit(f"error: {error}")
+    kernels = "" if args.sanitize else f", {instruction_set(made)} kernels on this processor"
+    print(f"{made}: {made.stat().st_size / 1e3:.0f} kB{kernels}")
+
+
+if __name__ == "__main__":
+    main()
