@@ -26,6 +26,7 @@ from qcompiler.session import Feeds
 from qcompiler.sites import find_sites
 from qcompiler.statistics import LayerFacts
 from qcompiler.streaming import Reading, Streaming, TokenCounts
+from qcompiler.targets import needs_operators
 
 __all__ = [
     "WEIGHTS",
@@ -207,6 +208,7 @@ def spec_of(site: Site, scheme: Scheme, config: CompileConfig) -> WeightSpec:
         "float16" if config.float16 and site.scale_dtype == "float32" else site.scale_dtype,
         signed_scale=config.target in ("cpu", "cuda"),
         reduced=config.reduce_range,
+        planes=needs_operators(site, scheme, config),
     )
 
 

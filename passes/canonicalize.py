@@ -1,6 +1,7 @@
 """Bring the model into the form in which sites are found.
 
-1. Model-local functions are inlined (a function that no node calls is dropped with them).
+1. Model-local functions are inlined (a function that no node calls is dropped with them), but for the bodies of our
+   own operators: a model that was compiled already keeps them.
 2. Constant nodes become initializers of the same name, in every subgraph, unless they are a graph output.
 3. Identity and no-op Cast nodes between an initializer and its readers are bypassed.
 
@@ -11,6 +12,7 @@ as they stand (see `graph.find_sites`), so what stays float leaves the compiler 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from qcompiler.kernels.schemas import DOMAIN
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
 from qcompiler.records import SiteRecord
 
@@ -32,11 +34,15 @@ class Canonicalize(QuantPass):
     def call(self, model: ir.Model) -> QuantPassResult:
         """Run the cases in order."""
         records = []
+        ours = {key: function for key, function in model.functions.items() if function.domain == DOMAIN}
+        for key in ours:
+            del model.functions[key]
         functions = len(model.functions)
         if functions:
             common.InlinePass()(model)
             model.functions.clear()
             records.append(SiteRecord("model", "rewritten", reason=f"{functions} local functions inlined"))
+        model.functions.update(ours)
         lifted = common.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=0)(model).modified
         bypassed = sum(_bypass(node) for node in list(ir.traversal.RecursiveGraphIterator(model.graph)))
         return QuantPassResult(model, bool(functions or lifted or bypassed), tuple(records))

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from qcompiler.config import CompileConfig
 from qcompiler.errors import PassError, SchemeError
 from qcompiler.graph import SCHEME_KEY, collect_names, walk
+from qcompiler.kernels.schemas import BODY_OPSET, DOMAIN
 from qcompiler.opset_rules import CannotRaiseError, raise_node
 from qcompiler.passes.base import (
     QuantPass,
@@ -46,7 +47,8 @@ class RaiseOpset(QuantPass):
     @classmethod
     def applies(cls, config: CompileConfig) -> bool:
         """Where an opset is asked for, for the output form QDQ, and for schemes that quantize activations."""
-        return config.opset is not None or config.output_format == "qdq" or quantizes_activations(config)
+        planned = config.output_format == "qdq" or quantizes_activations(config) or config.custom_ops == "always"
+        return config.opset is not None or planned
 
     def call(self, model: ir.Model) -> QuantPassResult:
         """Run the cases in order."""
@@ -58,7 +60,7 @@ class RaiseOpset(QuantPass):
             needed, why = wanted, "--opset"
         if needed <= current:
             return QuantPassResult(model, False)
-        if model.functions:
+        if any(function.domain != DOMAIN for function in model.functions.values()):
             raise PassError("raise_opset: local functions have opsets of their own; run canonicalize before")
         rewritten = self._rewrite(model, current, needed)
         opsets[""] = needed
@@ -80,7 +82,8 @@ class RaiseOpset(QuantPass):
                     raise CannotRaiseError("ONNX Runtime has no kernel for it there")
                 rewritten[operator] += raise_node(node, current, target)
             except CannotRaiseError as error:
-                remedy = "leave --opset out" if self.context.config.opset else "use --format matmulnbits"
+                form = "--custom-ops never" if self.context.config.output_format != "qdq" else "--format matmulnbits"
+                remedy = "leave --opset out" if self.context.config.opset else f"use {form}"
                 raise PassError(
                     f"raise_opset: '{node.name}' ({operator}) cannot be raised from opset {current} to {target}: "
                     f"{error}; export the model for opset {target}, or {remedy}"
@@ -93,15 +96,16 @@ def _needed(model: ir.Model, config: CompileConfig) -> tuple[int, str]:
     needed, why = 0, ""
     for site in find_sites(model)[0]:
         activations = explicit_activations(site)
-        if config.output_format != "qdq" and activations is None:
-            continue
         if site.quantized is not None:
             spec = site.quantized.spec
         elif SCHEME_KEY in site.node.metadata_props:
             spec = site_spec(site, config)
         else:
             continue
-        opset = qdq_opset(spec, site.rows, site.columns, lookup=site.role == "embedding")
+        if config.output_format == "qdq" or activations is not None:
+            opset = qdq_opset(spec, site.rows, site.columns, lookup=site.role == "embedding")
+        else:
+            opset = BODY_OPSET if spec.planes else 0
         if activations is not None and activations.bits == 16:
             opset = max(opset, 21)
         if opset > needed:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from qcompiler.calibration_inputs import fitted
 from qcompiler.errors import KernelError
-from qcompiler.session import Feeds, OrtRunner
+from qcompiler.session import Feeds, OrtRunner, operators_of
 
 __all__ = ["BenchResult", "Latency", "bench"]
 
@@ -86,7 +86,7 @@ def bench(
     Raises:
         KernelError: A model that cannot be loaded or run, or that needs an input which `feeds` lacks.
     """
-    runners = [OrtRunner(model, provider=provider, threads=threads) for model in models]
+    runners = [OrtRunner(model, provider=provider, threads=threads, custom_ops=_operators(model)) for model in models]
     inputs = []
     for model, runner in zip(models, runners, strict=True):
         missing = [spec.name for spec in runner.inputs if spec.name not in feeds]
@@ -107,6 +107,14 @@ def bench(
             if turn >= warmup:
                 taken[which].append(time.perf_counter() - started)
     return [_latency(times, taken[0]) for times in taken]
+
+
+def _operators(model: Path | bytes) -> Path | None:
+    """The library that a model's operators are in, if that is built."""
+    import onnx
+
+    proto = onnx.load(model, load_external_data=False) if isinstance(model, Path) else onnx.ModelProto.FromString(model)
+    return operators_of(proto.opset_import)
 
 
 def _latency(times: Sequence[float], first: Sequence[float]) -> Latency:

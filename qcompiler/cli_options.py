@@ -118,6 +118,13 @@ compile_options = _all_of(
         type=int,
         help="MatMulNBits accuracy level. Default: 0 (exact) at 3 and 4 bits, 4 at 2 and 8 bits.",
     ),
+    click.option(
+        "--custom-ops",
+        default="auto",
+        show_default=True,
+        help="Use our own operators for formats that ONNX Runtime has no kernels for (3 bits): always, never, or auto: "
+        "where they are built. Their bodies run anywhere.",
+    ),
     click.option("--opset", type=int, help="Raise the opset to this. Default: only where the output form needs it."),
     click.option(
         "--sequential/--no-sequential",

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 
 from qcompiler.errors import SchemeError
+from qcompiler.numerics.formats import int_format
 from qcompiler.scheme import Scheme, SchemePlan
 
-__all__ = ["CALIBRATORS", "EFFORTS", "FORMATS_OUT", "KV_CACHES", "TARGETS", "CompileConfig"]
+__all__ = ["CALIBRATORS", "CUSTOM_OPS", "EFFORTS", "FORMATS_OUT", "KV_CACHES", "TARGETS", "CompileConfig"]
 
 TARGETS = ("cpu", "cuda", "tensorrt", "portable")
 FORMATS_OUT = ("matmulnbits", "qdq")
 EFFORTS = ("fast", "balanced", "best")
 KV_CACHES = ("float", "kv8", "kv4")
+CUSTOM_OPS = ("auto", "always", "never")
 CALIBRATORS = ("auto", "minmax", "average", "percentile", "mse", "entropy")
 
 
@@ -31,6 +33,8 @@ class CompileConfig:
         target: The kind of runtime the form is chosen for.
         output_format: ``matmulnbits`` or ``qdq``.
         accuracy_level: MatMulNBits' accuracy level; None chooses exact compute at 3 and 4 bits, level 4 at 2 and 8.
+        custom_ops: Whether formats that ONNX Runtime has no kernels for may be written as our own operators, whose
+            bodies run anywhere and whose library runs them fast: ``auto`` where the library is built.
         opset: Raise the standard opset to this; None keeps the model's where the output form allows it.
         calibration: A path, or an iterable of feeds (input name -> array), or None.
         tokenizer: tokenizer.json for text calibration data.
@@ -69,6 +73,7 @@ class CompileConfig:
     target: str = "cpu"
     output_format: str = "matmulnbits"
     accuracy_level: int | None = None
+    custom_ops: str = "auto"
     opset: int | None = None
     calibration: str | Path | Iterable[dict[str, np.ndarray]] | None = None
     tokenizer: str | Path | None = None
@@ -105,6 +110,7 @@ class CompileConfig:
             (self.output_format, FORMATS_OUT, "--format"),
             (self.calibrator, CALIBRATORS, "--calibrator"),
             (self.kv_cache, KV_CACHES, "--kv-cache"),
+            (self.custom_ops, CUSTOM_OPS, "--custom-ops"),
             (self.effort, EFFORTS, "--effort"),
         ):
             if value is not None and value not in known:
@@ -149,7 +155,10 @@ class CompileConfig:
         plan = self.plan
         used = {plan.default, plan.embedding, plan.lm_head}
         text = {scheme: "float" if scheme is None else str(scheme) for scheme in used}
+        # Where all formats have kernels in ONNX Runtime, whether ours are built must not matter.
+        odd = bool(self.budgets) or any(int_format(each.bits).container != each.bits for each in plan.schemes)
         return {
+            **({"custom_ops": self.custom_ops} if odd else {}),
             "scheme": text[plan.default],
             "embedding": text[plan.embedding],
             "lm_head": text[plan.lm_head],

@@ -237,7 +237,7 @@ def _configured(
         options = {"plan": replace(config.plan, default=parsed), **options}
     if calibration is not None:
         options["calibration"] = calibration
-    config = replace(config, **options)
+    config = pipeline.with_operators(replace(config, **options))
     _check_drawing(config)
     return config
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from qcompiler.errors import PassError
 from qcompiler.graph import PASS_KEY
+from qcompiler.kernels.schemas import OPERATORS
 from qcompiler.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_legal", "lowered_nodes"]
 
-_LOWERED = {"MatMulNBits", "GatherBlockQuantized"}
+_LOWERED = {"MatMulNBits", "GatherBlockQuantized", *OPERATORS}
 _LOWER, _CLEANUP = 4, 5
 
 

@@ -9,10 +9,20 @@ import onnx_ir as ir
 from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, Site, unique_name
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.formats import int_format
-from qcompiler.numerics.packing import centred, pack_codes, pack_matmul_nbits
+from qcompiler.numerics.packing import centred, pack_codes, pack_matmul_nbits, pack_planes
 from qcompiler.targets import block_size
 
-__all__ = ["add_constant", "append_nodes", "block_constants", "make_node", "replace_nodes", "width_note"]
+__all__ = [
+    "add_constant",
+    "append_nodes",
+    "bias_of",
+    "block_constants",
+    "channels_last",
+    "make_node",
+    "plane_constants",
+    "replace_nodes",
+    "width_note",
+]
 
 
 def add_constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
@@ -112,3 +122,66 @@ def append_nodes(graph: ir.Graph, node: ir.Node, new: Sequence[ir.Node]) -> None
         if other is result:
             graph.outputs[index] = output
     result.name, output.name = unique_name(graph, f"{name}_before_{new[0].op_type}"), name
+
+
+def bias_of(site: Site, graph: ir.Graph) -> tuple[ir.Value | None, ir.Node | None]:
+    """A bias [N] that the kernel can add, and the Add node it came from if it is not the site's own input."""
+    own = site.node.inputs[2] if len(site.node.inputs) > 2 else None
+    if site.node.op_type in ("Gemm", "Conv"):
+        return (own, None) if own is not None and _is_vector(own, site) else (None, None)
+    output = site.node.outputs[0]
+    users = list(output.uses())
+    if (
+        len(users) != 1
+        or output.is_graph_output()
+        or users[0].node.op_type != "Add"
+        or users[0].node.graph is not graph
+    ):
+        return None, None
+    add = users[0].node
+    other = add.inputs[1 - users[0].idx]
+    return (other, add) if other is not None and _is_vector(other, site) else (None, None)
+
+
+def _is_vector(value: ir.Value, site: Site) -> bool:
+    tensor = value.const_value
+    return tensor is not None and tuple(tensor.shape.numpy()) == (site.rows,) and tensor.dtype == site.dtype
+
+
+def channels_last(graph: ir.Graph, node: ir.Node, new: list[ir.Node], pass_name: str) -> list[ir.Node]:
+    """The new nodes of a convolution with Transposes around them, so that the channels are their last axis."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    rank = weight.const_value.shape.rank()
+    there, back = [0, *range(2, rank), 1], [0, rank - 1, *range(1, rank - 1)]
+    before = make_node(graph, "Transpose", [node.inputs[0]], {"perm": there}, node, pass_name)
+    new[0].replace_input_with(0, before.outputs[0])
+    return [before, *new, make_node(graph, "Transpose", [new[-1].outputs[0]], {"perm": back}, node, pass_name)]
+
+
+def plane_constants(site: Site) -> dict[str, ir.Value]:
+    """The initializers of a quantized weight in the layout of our own operators (see `kernels.schemas`).
+
+    Every caller gets the same initializers for the same weight.
+
+    Returns:
+        By name of the operator's input: the planes of codes, scales and zero points.
+    """
+    tensor, graph = site.quantized, site.weight.graph
+    assert tensor is not None and graph is not None
+    made: dict[str, ir.Value] = tensor.meta.setdefault("lowered", {})
+    if not made:
+        spec, name = tensor.spec, site.weight.name
+        planes = pack_planes(tensor.codes(), spec.bits, spec.group_size)
+        labels = ("B",) if len(planes) == 1 else ("B_low", "B_high")
+        for label, plane in zip(labels, planes, strict=True):
+            made[label] = add_constant(graph, f"{name}_{label}", plane)
+        made["scales"] = add_constant(graph, f"{name}_scales", tensor.scale[..., None])
+        zero = tensor.zero_point[..., None] if tensor.zero_point is not None else _middle(spec)
+        made["zero_points"] = add_constant(graph, f"{name}_zero_points", zero)
+    return made
+
+
+def _middle(spec: WeightSpec) -> np.ndarray:
+    """The one zero point of a symmetric grid, [1, 1, 1]."""
+    return np.full((1, 1, 1), spec.format.mid, np.uint8)

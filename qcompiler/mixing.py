@@ -10,16 +10,17 @@ from qcompiler.config import CompileConfig
 from qcompiler.graph import Site
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.allocation import Choice
+from qcompiler.numerics.formats import int_format
 from qcompiler.passes.base import assigned_sites, site_spec, spec_of
 from qcompiler.scheme import Scheme
-from qcompiler.targets import form_bytes, qdq_opset, site_refusal
+from qcompiler.targets import form_bytes, needs_operators, qdq_opset, site_refusal
 
 __all__ = ["UNITS", "MixedSite", "Unit", "fixed_bytes", "formats_of", "layer_of", "units_of"]
 
 UNITS = ("site", "head", "reading", "layer")
 # Group sizes by width. Smaller ones than these take as much as a wider format of larger groups, and lose more; so do
-# 3-bit codes, which are stored in 4 bits.
-_LADDER = {2: (16, 32, 64, 128, 256), 4: (32, 64, 128, 256), 8: (64, 128, 256)}
+# 3-bit codes where they are stored in 4 bits.
+_LADDER = {2: (16, 32, 64, 128, 256), 3: (32, 64, 128, 256), 4: (32, 64, 128, 256), 8: (64, 128, 256)}
 # What a file says about one constant beside its values: name, shape, type and place.
 _CONSTANT_BYTES = 200
 _FIRST_NUMBER = re.compile(r".*?\d+")
@@ -100,6 +101,9 @@ def formats_of(site: Site, scheme: Scheme, opset: int, config: CompileConfig) ->
 
     add(scheme, None)
     for bits, group_sizes in _LADDER.items():
+        narrow = int_format(bits).container == bits or needs_operators(site, replace(scheme, bits=bits), config)
+        if not narrow:
+            continue
         least: int | None = None
         for group_size in group_sizes:
             candidate = replace(scheme, bits=bits, group_size=group_size)

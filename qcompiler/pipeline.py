@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qcompiler import passes
 from qcompiler.config import CompileConfig
 from qcompiler.errors import SchemeError
+from qcompiler.kernels.library import library_path
 from qcompiler.passes.base import WEIGHTS, PassContext, QuantPass, Stage, quantizes_activations
 
-__all__ = ["build", "default_algorithms", "parse", "pass_names"]
+__all__ = ["build", "default_algorithms", "parse", "pass_names", "with_operators"]
 
 Step = tuple[str, dict[str, str]]
 _STEP = re.compile(r"\s*([a-z_][a-z0-9_]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
@@ -61,6 +63,13 @@ def order(steps: Sequence[Step]) -> list[Step]:
         placed.append(ready)
         ranked.remove(ready)
     return placed
+
+
+def with_operators(config: CompileConfig) -> CompileConfig:
+    """The configuration with "auto" decided: our own operators are used where their library is built."""
+    if config.custom_ops != "auto":
+        return config
+    return replace(config, custom_ops="always" if library_path() is not None else "never")
 
 
 def default_algorithms(config: CompileConfig, *, calibrated: bool) -> tuple[str, ...]:

@@ -113,6 +113,9 @@ class Inspection:
 
 
 def _kernel(site: Site, config: CompileConfig) -> str:
+    spec = site_spec(site, config)
+    if spec.planes:
+        return f"MatMul{spec.bits}Bits"
     if config.output_format == "qdq":
         return "DequantizeLinear"
     return "GatherBlockQuantized" if site.role == "embedding" else "MatMulNBits"
@@ -153,7 +156,7 @@ def plan_model(source: str | Path, config: CompileConfig, *, pipeline_text: str 
     Returns:
         Sites with their schemes, the expected size of the weights and an estimate of the peak memory.
     """
-    model = load_model(source)
+    model, config = load_model(source), pipeline.with_operators(config)
     before = stored_bytes(model)
     algorithms = config.algorithms or pipeline.default_algorithms(config, calibrated=config.calibration is not None)
     config = replace(config, algorithms=algorithms, effort=None)

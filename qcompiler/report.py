@@ -187,7 +187,9 @@ def _describe(scheme: "Scheme | None", config: CompileConfig) -> str:
     words = [f"groups of {resolved.group_size}" if resolved.group_size else "one scale for each output channel"]
     words.append("symmetric" if resolved.symmetric else "asymmetric")
     container = int_format(resolved.bits).container
-    if container != resolved.bits:
+    if container != resolved.bits and config.custom_ops == "always":
+        words.append(f"{resolved.bits}-bit codes for operators of our own")
+    elif container != resolved.bits:
         words.append(f"{resolved.bits}-bit codes stored in {container} bits")
     if config.output_format == "matmulnbits":
         given = config.accuracy_level

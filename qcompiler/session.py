@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qcompiler.errors import KernelError
-from qcompiler.kernels.library import register
+from qcompiler.kernels.library import library_path, register
+from qcompiler.kernels.schemas import DOMAIN
 from qcompiler.runtime import preload_cuda, require_onnxruntime
 
-__all__ = ["Executed", "Feeds", "InputSpec", "OrtRunner", "cpu_threads", "single_threaded_blas"]
+__all__ = ["Executed", "Feeds", "InputSpec", "OrtRunner", "cpu_threads", "operators_of", "single_threaded_blas"]
 
 Feeds = dict[str, np.ndarray]
 _KERNEL_EVENT = "_kernel_time"
@@ -62,6 +63,11 @@ def single_threaded_blas() -> Iterator[None]:
 
     with threadpool_limits(1, "blas"):
         yield
+
+
+def operators_of(opset_imports: Iterable[Any]) -> Path | None:
+    """The library of our operators, if a model with these imports (of a ModelProto) has any and it is built."""
+    return library_path() if any(each.domain == DOMAIN for each in opset_imports) else None
 
 
 class Executed(NamedTuple):

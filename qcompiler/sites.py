@@ -7,6 +7,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from qcompiler.graph import SITE_KEY, Refusal, Site, collect_names, walk
+from qcompiler.kernels.schemas import OPERATORS
 
 __all__ = ["find_products", "find_sites", "module_path", "node_names"]
 
@@ -257,7 +258,7 @@ _INTEGERS = {
 # Operators that exist only in quantized models.
 _QUANTIZED_OPS = {
     "MatMulNBits", "MatMulBnb4", "GatherBlockQuantized", "QLinearMatMul", "QLinearConv", "QGemm", "MatMulInteger",
-    "ConvInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QAttention", "QMoE",
+    "ConvInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QAttention", "QMoE", *OPERATORS,
 }  # fmt: skip
 
 

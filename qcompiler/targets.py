@@ -27,6 +27,7 @@ __all__ = [
     "fuses_bias",
     "lacks_kernel",
     "lowered_bytes",
+    "needs_operators",
     "qdq_opset",
     "qdq_width",
     "site_refusal",
@@ -107,6 +108,21 @@ class IntegerRules:
         return node.op_type in _ARITHMETIC or node.op_type in _MOVES
 
 
+def needs_operators(site: "Site", scheme: Scheme, config: CompileConfig) -> bool:
+    """Whether our own operators are to run a site, since ONNX Runtime has none for codes so wide.
+
+    Only for weights that a product reads, on the CPU; a lookup keeps its codes in the next wider format.
+    """
+    return (
+        config.custom_ops == "always"
+        and config.target == "cpu"
+        and config.output_format == "matmulnbits"
+        and site.role != "embedding"
+        and scheme.activations is None
+        and int_format(scheme.bits).container != scheme.bits
+    )
+
+
 def default_accuracy_level(bits: int) -> int:
     """MatMulNBits' accuracy level where the user names none: exact compute of codes that are stored in 4 bits.
 
@@ -131,6 +147,10 @@ def block_size(spec: WeightSpec, columns: int) -> int:
 
 def lowered_bytes(spec: WeightSpec, rows: int, columns: int) -> int:
     """Bytes of an [N, K] weight's codes, scales and zero points as the block-quantized operators store them."""
+    if spec.planes:
+        groups = spec.groups(columns)
+        each = spec.group_size * spec.bits // 8 + storage_dtype(spec.scale_dtype).itemsize
+        return rows * groups * (each + (0 if spec.symmetric else 1))
     size, width = block_size(spec, columns), spec.format.container
     blocks = -(-columns // size)
     zeros = 0 if spec.symmetric else -(-blocks * width // 8)

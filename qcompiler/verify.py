@@ -23,7 +23,7 @@ import onnx
 from qcompiler.calibration import row_mask
 from qcompiler.errors import CalibrationError, KernelError
 from qcompiler.instruments import MemoryMeter, anonymous_bytes
-from qcompiler.session import Feeds, OrtRunner, cpu_threads
+from qcompiler.session import Feeds, OrtRunner, cpu_threads, operators_of
 from qcompiler.verify_audit import (
     check_scales,
     constant_bytes,
@@ -99,6 +99,7 @@ class _Job:
             optimized=optimized,
             # ONNX Runtime 1.31 makes an integer kernel of MatMul on 8-bit floats too, and cannot load what it made.
             fuse_qdq=not holds_float8(self.model),
+            custom_ops=operators_of(self.model.opset_import),
         )
 
 

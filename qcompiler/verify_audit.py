@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 from qcompiler.errors import ModelError, PassError
+from qcompiler.kernels.schemas import OPERATORS
 from qcompiler.session import Executed
 
 __all__ = [
@@ -30,6 +31,7 @@ _SCALES = {
     "GatherBlockQuantized": 2,
     "MatMulNBits": 2,
     "QuantizeLinear": 1,
+    **{name: [each.name for each in contract.inputs].index("scales") for name, contract in OPERATORS.items()},
 }
 _HEAVY = {"Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"}
 _QUANTIZED = {
@@ -44,6 +46,7 @@ _QUANTIZED = {
     "QGemm",
     "QMoE",
     "QuantizeLinear",
+    *OPERATORS,
 }
 _COPIES = {"MemcpyFromHost", "MemcpyToHost"}
 _PASSED_THROUGH = {"Cast", "Reshape", "Transpose"}

@@ -49,15 +49,16 @@ LAYERS: dict[str, tuple[str, str]] = {
         "propagation propagation_*",
         "itself observing readings segments calibration session targets graph numerics errors",
     ),
-    "pipeline": ("pipeline", "passes passes.base config scheme errors"),
+    "pipeline": ("pipeline", "passes passes.base kernels.library config scheme errors"),
     "pass_manager": ("pass_manager", "instruments passes.base config records errors"),
     "verify": (
         "verify verify_*",
-        "itself instruments files segments calibration session runtime graph targets config records numerics errors",
+        "itself instruments files segments calibration session runtime graph targets kernels.schemas config records "
+        "numerics errors",
     ),
     "instruments": ("instruments", "legality files passes.base graph config records errors"),
     "float_types": ("float_types", "graph numerics errors"),
-    "legality": ("legality", "passes.base graph errors"),
+    "legality": ("legality", "passes.base graph kernels.schemas errors"),
     "report": ("report report_*", "itself targets config records numerics errors"),
     "bench": ("bench", "calibration session errors"),
     "passes": ("passes", "passes.base errors"),
@@ -78,7 +79,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     "rescaling": ("rescaling", "passes.base observing foldings graph records errors"),
     "passes.base": (
         "passes.base",
-        "observing streaming checkpoints session segments statistics graph config scheme records numerics errors",
+        "observing streaming checkpoints session segments statistics targets graph config scheme records numerics "
+        "errors",
     ),
     "guidance": (
         "guidance",
@@ -113,11 +115,11 @@ LAYERS: dict[str, tuple[str, str]] = {
     "statistics": ("statistics", "calibration session scratch graph numerics errors"),
     "calibration": ("calibration calibration_*", "itself session scratch graph numerics errors"),
     "files": ("files files.*", "itself graph numerics errors"),
-    "session": ("session", "runtime kernels.library errors"),
+    "session": ("session", "runtime kernels.library kernels.schemas errors"),
     "runtime": ("runtime", "errors"),
     "scratch": ("scratch", "errors"),
     "targets": ("targets", "graph config scheme numerics errors"),
-    "graph": ("graph sites quantized", "itself numerics errors"),
+    "graph": ("graph sites quantized", "itself kernels.schemas numerics errors"),
     "config": ("config", "scheme numerics errors"),
     "scheme": ("scheme", "numerics errors"),
     "records": ("records", "numerics errors"),

@@ -44,6 +44,7 @@ def order(monkeypatch):
             now[0] += next(self.seconds) if hasattr(self.seconds, "__next__") else self.seconds
 
     monkeypatch.setattr(bench_module, "OrtRunner", Runner)
+    monkeypatch.setattr(bench_module, "_operators", lambda model: None)
     monkeypatch.setattr(bench_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return ran
 

@@ -261,7 +261,7 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "--accuracy-level", 1, "--opset", 22, "--no-sequential", "--provider", "X", "--provider", "Y", "--threads", 2,
         "--seed", 5, "--max-memory", "1.5GiB", "--min-sqnr", 9, "--max-kl", 0.5, "--require-quantized", "--dump-dir",
         "d", "--pipeline", "rtn", "--calibrator", "mse", "--reduce-range", "--bench",
-        "--exclude-worst", 2, "--kv-cache", "kv4", "--float16", "--checkpoint", "k",
+        "--exclude-worst", 2, "--kv-cache", "kv4", "--float16", "--checkpoint", "k", "--custom-ops", "never",
     )  # fmt: skip
     config = seen["config"]
     assert (seen["model"], seen["output"], seen["pipeline"]) == (Path("m.onnx"), Path("o.onnx"), "rtn")
@@ -274,7 +274,7 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "opset": 22, "sequential": False, "provider": "X", "verify_providers": ("X", "Y"), "threads": 2, "seed": 5,
         "max_memory": 3 << 29, "verify": True, "min_sqnr_db": 9.0, "max_kl": 0.5, "require_quantized": True,
         "dump_dir": Path("d"), "calibrator": "mse", "reduce_range": True, "bench": True,
-        "exclude_worst": 2, "kv_cache": "kv4", "float16": True, "checkpoint": Path("k"),
+        "exclude_worst": 2, "kv_cache": "kv4", "float16": True, "checkpoint": Path("k"), "custom_ops": "never",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in given} == given
     # Which do not go with each other, or with algorithms.

@@ -33,12 +33,12 @@ from qcompiler.numerics.packing import PLANES
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["DOMAIN", "OPERATORS", "VERSION", "Operand", "Operator", "function_proto", "operator"]
+__all__ = ["BODY_OPSET", "DOMAIN", "OPERATORS", "VERSION", "Operand", "Operator", "function_proto", "operator"]
 
 DOMAIN = "ai.qcompiler"
 VERSION = 1
 # The first opset whose standard operators the bodies use (BitwiseAnd).
-_BODY_OPSET = 18
+BODY_OPSET = 18
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,8 @@ def function_proto(name: str, opset: int) -> "onnx.FunctionProto":
     import onnx.parser
 
     contract = operator(name)
-    if opset < _BODY_OPSET:
-        raise KernelError(f"the body of {name} needs opset {_BODY_OPSET}, and the model has {opset}")
+    if opset < BODY_OPSET:
+        raise KernelError(f"the body of {name} needs opset {BODY_OPSET}, and the model has {opset}")
     inputs = ", ".join(each.name for each in contract.inputs)
     text = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]> {name} ({inputs}) => (Y) {{{contract.body}\n}}'
     function = onnx.parser.parse_function(text)

@@ -50,6 +50,8 @@ class WeightSpec:
         reduced: With `symmetric`: use half of the codes, so that pairs of 8-bit products fit 16 bits on processors
             that add them there (x86 before VNNI).
         fp8: Codes are the bits of 8-bit floats (E4M3) in the place of integers.
+        planes: Codes are stored in just as many bits, in planes, and zero points in bytes: the form of our own
+            operators.
     """
 
     bits: int
@@ -60,6 +62,7 @@ class WeightSpec:
     head_size: int = 0
     reduced: bool = False
     fp8: bool = False
+    planes: bool = False
 
     @property
     def format(self) -> IntFormat:
@@ -79,9 +82,9 @@ class WeightSpec:
         return -(-columns // self.group_size)
 
     def stored_bits(self, columns: int) -> float:
-        """Bits per weight with scales and zero points included, as they lie in the file: in the format's container."""
-        width = self.format.container
-        scale_bits = 8 * storage_dtype(self.scale_dtype).itemsize + (0 if self.symmetric else width)
+        """Bits per weight with scales and zero points included, as they lie in the file."""
+        width, zero = (self.bits, 8) if self.planes else (self.format.container, self.format.container)
+        scale_bits = 8 * storage_dtype(self.scale_dtype).itemsize + (0 if self.symmetric else zero)
         return width + self.groups(columns) * scale_bits / columns
 
 

@@ -1,0 +1,76 @@
+"""Lower weights in formats that ONNX Runtime has no kernels for to the operators of `ai.qcompiler`.
+
+1. MatMul(x, Wq) and MatMul(x, Transpose(Wq)) become MatMul3Bits(x, low bits, high bit, scales, zero_points, bias).
+2. A Gemm's bias, or that of an Add behind a MatMul, goes in if it is one value an output channel; an Add does the rest.
+3. Conv with a kernel of one: Transpose to channels-last, the product, Transpose back.
+
+The model carries the body of each operator it uses: it runs on any ONNX Runtime, decoding weights as it is loaded, and
+fast and small where the library of operators is registered (`qcompiler.kernels`). Sites that share a weight share its
+codes, scales and zero points.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.config import CompileConfig
+from qcompiler.graph import Site
+from qcompiler.kernels.schemas import DOMAIN, OPERATORS, VERSION, function_proto
+from qcompiler.lowering import add_constant, bias_of, channels_last, make_node, plane_constants, replace_nodes
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, scheme_text
+from qcompiler.quantized import QuantizedTensor
+from qcompiler.records import SiteRecord
+from qcompiler.sites import find_sites
+
+__all__ = ["FuseCustom"]
+
+
+class FuseCustom(QuantPass):
+    """Rewrites every site whose codes lie in planes."""
+
+    name = "fuse_custom"
+    stage = Stage.LOWER
+
+    @classmethod
+    def applies(cls, config: CompileConfig) -> bool:
+        """Where our own operators may be used."""
+        return config.custom_ops == "always"
+
+    def call(self, model: ir.Model) -> QuantPassResult:
+        """Rewrite site by site."""
+        records, used = [], set()
+        for site in find_sites(model)[0]:
+            tensor = site.quantized
+            if tensor is None or not tensor.spec.planes:
+                continue
+            name = f"MatMul{tensor.spec.bits}Bits"
+            level = self._rewrite(site, tensor, name)
+            used.add(name)
+            note = f"{name}, group {tensor.spec.group_size}, accuracy level {level}"
+            records.append(SiteRecord(site.name, "fused", scheme_text(site), note))
+        for name in sorted(used):
+            function = ir.serde.deserialize_function(function_proto(name, model.graph.opset_imports[""]))
+            model.functions[function.identifier()] = function
+        if used:
+            model.graph.opset_imports[DOMAIN] = VERSION
+        return QuantPassResult(model, bool(records), tuple(records))
+
+    def _rewrite(self, site: Site, tensor: QuantizedTensor, name: str) -> int:
+        node, graph = site.node, site.node.graph
+        assert isinstance(graph, ir.Graph)
+        level = self.context.config.accuracy_level or 0
+        bias, absorbed = bias_of(site, graph)
+        constants = plane_constants(site)
+        if bias is None:
+            none = np.zeros(1, site.dtype.numpy())
+            constants = constants | {"bias": add_constant(graph, f"{site.weight.name}_bias", none)}
+        inputs = [site.input, *(constants.get(each.name, bias) for each in OPERATORS[name].inputs[1:])]
+        attributes = {"accuracy_level": level}
+        fused = make_node(graph, name, inputs, attributes, node, self.name, domain=DOMAIN)
+        new = [fused]
+        extra = node.inputs[2] if len(node.inputs) > 2 else None
+        if extra is not None and bias is None:
+            new.append(make_node(graph, "Add", [fused.outputs[0], extra], {}, node, self.name))
+        if node.op_type == "Conv":
+            new = channels_last(graph, node, new, self.name)
+        replace_nodes(graph, [node] if absorbed is None else [absorbed, node], new, new[-1].outputs[0])
+        return level
