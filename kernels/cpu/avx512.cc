@@ -28,6 +28,9 @@ inline Row row_of(const Weight& w, int64_t n) {
   return {plane_row(w, 0, n), bits == 3 ? plane_row(w, 1, n) : nullptr};
 }
 
+// Ask for what the next rows will read where these rows are now: each row is too short for processors to see it coming.
+inline void prefetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+
 constexpr int low_bytes(int bits) { return 8 * plane_width(bits, 0); }
 
 // The bytes of the last, ragged step of a row, filled up with zeros.
@@ -80,59 +83,165 @@ inline float scaled(const Weight& w, int64_t n, const float* sizes, const float*
   return _mm512_reduce_add_ps(taken);
 }
 
-// Rows of activations that meet a step of codes once it is decoded.
-template <int bits, int rows>
-inline void int8_rows(const Weight& w, const Activations& a, int64_t begin, int64_t end, int64_t first, float* y,
-                      int64_t ldy, float* products) {
-  const int64_t stride = (w.groups + 31) / 16 * 16, steps = (w.padded() + 63) / 64, ragged = w.padded() % 64;
+// Some rows of the weight, and rows of activations that meet their codes once these are decoded.
+template <int bits, int rows, int count>
+inline void int8_rows(const Weight& w, const Activations& a, int64_t n, int64_t first, float* y, int64_t ldy,
+                      float* products) {
+  const int64_t stride = (w.groups + 31) / 16 * 16, ragged = w.padded() % 64, whole = w.padded() / 64;
   const int64_t inner = w.group_size >= 64 ? w.group_size / 64 : 1;
-  const int8_t* x[rows];
-  for (int m = 0; m < rows; ++m) x[m] = a.codes + (first + m) * a.padded;
-  for (int64_t n = begin; n < end; ++n) {
-    const Row row = row_of<bits>(w, n);
-    float taken[rows];
-    __m512 totals[rows];
-    for (int m = 0; m < rows; ++m) {
+  const int64_t ahead = rows * w.padded() * plane_width(bits, 0) / 8;
+  const int8_t* x[count];
+  Row row[rows];
+  float taken[rows][count];
+  __m512 totals[rows][count];
+  for (int m = 0; m < count; ++m) x[m] = a.codes + (first + m) * a.padded;
+  for (int r = 0; r < rows; ++r) {
+    row[r] = row_of<bits>(w, n + r);
+    for (int m = 0; m < count; ++m) {
       const int64_t place = (first + m) * w.groups;
-      taken[m] = scaled(w, n, a.scales + place, a.sums + place, products + m * stride);
-      totals[m] = _mm512_setzero_ps();
+      taken[r][m] = scaled(w, n + r, a.scales + place, a.sums + place, products + (r * count + m) * stride);
+      totals[r][m] = _mm512_setzero_ps();
     }
-    const int64_t whole = ragged ? steps - 1 : steps;
-    for (int64_t step = 0; step < whole; step += inner) {
-      __m512i sums[rows];
-      for (int m = 0; m < rows; ++m) sums[m] = _mm512_setzero_si512();
-      for (int64_t at = step; at < step + inner; ++at) {
-        const __m512i codes = codes64<bits>(row.low + at * low_bytes(bits), bits == 3 ? row.high + at * 8 : nullptr);
-        for (int m = 0; m < rows; ++m)
-          sums[m] = _mm512_dpbusd_epi32(sums[m], codes, _mm512_loadu_si512(x[m] + at * 64));
-      }
-      for (int m = 0; m < rows; ++m)
-        totals[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[m]), lane_scales(products + m * stride, step, w.group_size),
-                                    totals[m]);
-    }
-    if (ragged) {
-      const Ragged last = ragged_step<bits>(row, whole, ragged);
-      const __m512i codes = codes64<bits>(last.low, last.high);
-      for (int m = 0; m < rows; ++m) {
-        const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(x[m] + whole * 64));
-        totals[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), lane_scales(products + m * stride, whole, w.group_size),
-                                    totals[m]);
-      }
-    }
-    for (int m = 0; m < rows; ++m) y[(first + m) * ldy + n] = _mm512_reduce_add_ps(totals[m]) - taken[m];
   }
+  for (int64_t step = 0; step < whole; step += inner) {
+    __m512i sums[rows][count];
+    for (int r = 0; r < rows; ++r)
+      for (int m = 0; m < count; ++m) sums[r][m] = _mm512_setzero_si512();
+    for (int64_t at = step; at < step + inner; ++at) {
+      __m512i values[count];
+      for (int m = 0; m < count; ++m) values[m] = _mm512_loadu_si512(x[m] + at * 64);
+      for (int r = 0; r < rows; ++r) {
+        const uint8_t* high = bits == 3 ? row[r].high + at * 8 : nullptr;
+        if (at % (64 / low_bytes(bits)) == 0) prefetch(row[r].low + at * low_bytes(bits) + ahead);
+        if (bits == 3 && at % 8 == 0) prefetch(high + ahead / 2);
+        const __m512i codes = codes64<bits>(row[r].low + at * low_bytes(bits), high);
+        for (int m = 0; m < count; ++m) sums[r][m] = _mm512_dpbusd_epi32(sums[r][m], codes, values[m]);
+      }
+    }
+    for (int r = 0; r < rows; ++r)
+      for (int m = 0; m < count; ++m)
+        totals[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][m]),
+                                       lane_scales(products + (r * count + m) * stride, step, w.group_size), totals[r][m]);
+  }
+  if (ragged)
+    for (int r = 0; r < rows; ++r) {
+      const Ragged last = ragged_step<bits>(row[r], whole, ragged);
+      const __m512i codes = codes64<bits>(last.low, last.high);
+      for (int m = 0; m < count; ++m) {
+        const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(x[m] + whole * 64));
+        totals[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums),
+                                       lane_scales(products + (r * count + m) * stride, whole, w.group_size), totals[r][m]);
+      }
+    }
+  for (int r = 0; r < rows; ++r)
+    for (int m = 0; m < count; ++m)
+      y[(first + m) * ldy + n + r] = _mm512_reduce_add_ps(totals[r][m]) - taken[r][m];
+}
+
+// Codes of 2 and 4 bits are decoded for less where 64 bytes of a plane become registers as they are: register p holds
+// code p of each byte, so that activations have to be *dealt* like that, column p, p + n, p + 2n ... of a block of 64 n
+// columns, n codes being in a byte. A lane then holds 4 n neighbouring columns of the block.
+constexpr int dealt_planes(int bits) { return 8 / bits; }
+constexpr int64_t dealt_columns(int bits) { return 64 * dealt_planes(bits); }
+
+// Whether groups and blocks fit each other.
+bool deals(const Weight& w) {
+  if (w.bits != 2 && w.bits != 4) return false;
+  const int64_t block = dealt_columns(w.bits), lane = 4 * dealt_planes(w.bits);
+  return w.group_size >= block ? w.group_size % block == 0 : block % w.group_size == 0 && w.group_size % lane == 0;
+}
+
+// Lay codes of a row of activations out as above; what is left of the last block is not touched.
+void deal(const int8_t* codes, int64_t columns, int bits, int8_t* dealt) {
+  const int planes = dealt_planes(bits);
+  const int64_t block = dealt_columns(bits);
+  for (int64_t begin = 0; begin + block <= columns; begin += block)
+    for (int p = 0; p < planes; ++p)
+      for (int j = 0; j < 64; ++j) dealt[begin + 64 * p + j] = codes[begin + planes * j + p];
+}
+
+template <int bits, int rows>
+inline void dealt_rows(const Weight& w, const Activations& a, int64_t n, int64_t m, float* y, int64_t ldy,
+                       float* products) {
+  constexpr int planes = dealt_planes(bits);
+  constexpr int64_t block = dealt_columns(bits);
+  const int64_t stride = (w.groups + 31) / 16 * 16, blocks = w.padded() / block;
+  const int64_t inner = w.group_size >= block ? w.group_size / block : 1, ahead = rows * w.padded() * bits / 8;
+  const int8_t* x = a.dealt + m * a.padded;
+  const __m512i mask = _mm512_set1_epi8((1 << bits) - 1);
+  alignas(64) int32_t lanes[16];
+  for (int lane = 0; lane < 16; ++lane)
+    lanes[lane] = w.group_size >= block ? 0 : static_cast<int32_t>(lane * 4 * planes / w.group_size);
+  const __m512i groups = _mm512_load_si512(lanes);
+  Row row[rows];
+  float taken[rows];
+  __m512 totals[rows];
+  for (int r = 0; r < rows; ++r) {
+    row[r] = row_of<bits>(w, n + r);
+    taken[r] = scaled(w, n + r, a.scales + m * w.groups, a.sums + m * w.groups, products + r * stride);
+    totals[r] = _mm512_setzero_ps();
+  }
+  for (int64_t first = 0; first < blocks; first += inner) {
+    __m512i sums[rows];
+    for (int r = 0; r < rows; ++r) sums[r] = _mm512_setzero_si512();
+    for (int64_t at = first; at < first + inner; ++at) {
+      __m512i values[planes];
+      for (int p = 0; p < planes; ++p) values[p] = _mm512_loadu_si512(x + at * block + 64 * p);
+      for (int r = 0; r < rows; ++r) {
+        const __m512i bytes = _mm512_loadu_si512(row[r].low + 64 * at);
+        prefetch(row[r].low + 64 * at + ahead);
+        sums[r] = _mm512_dpbusd_epi32(sums[r], _mm512_and_si512(bytes, mask), values[0]);
+        for (int p = 1; p < planes; ++p)
+          sums[r] = _mm512_dpbusd_epi32(sums[r], _mm512_and_si512(_mm512_srli_epi16(bytes, bits * p), mask), values[p]);
+      }
+    }
+    const int64_t group = first * block / w.group_size;
+    for (int r = 0; r < rows; ++r) {
+      const __m512 scales = _mm512_permutexvar_ps(groups, _mm512_loadu_ps(products + r * stride + group));
+      totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), scales, totals[r]);
+    }
+  }
+  // Columns behind the last whole block, in steps of 64 and in their own order.
+  const int8_t* rest = a.codes + m * a.padded;
+  for (int64_t k = blocks * block; k < w.padded(); k += 64) {
+    const int64_t step = k / 64, left = std::min<int64_t>(64, w.padded() - k);
+    const __m512i values = _mm512_loadu_si512(rest + k);
+    for (int r = 0; r < rows; ++r) {
+      const Ragged last = ragged_step<bits>(row[r], step, left);
+      const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes64<bits>(last.low, last.high), values);
+      totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), lane_scales(products + r * stride, step, w.group_size),
+                                  totals[r]);
+    }
+  }
+  for (int r = 0; r < rows; ++r) y[m * ldy + n + r] = _mm512_reduce_add_ps(totals[r]) - taken[r];
+}
+
+template <int bits>
+void dealt(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
+  std::vector<float> products(4 * ((w.groups + 31) / 16 * 16));
+  int64_t n = begin;
+  for (; n + 4 <= end; n += 4)
+    for (int64_t m = 0; m < a.count; ++m) dealt_rows<bits, 4>(w, a, n, m, y, ldy, products.data());
+  for (; n < end; ++n)
+    for (int64_t m = 0; m < a.count; ++m) dealt_rows<bits, 1>(w, a, n, m, y, ldy, products.data());
+}
+
+void multiply_dealt(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
+  return w.bits == 2 ? dealt<2>(w, a, begin, end, y, ldy) : dealt<4>(w, a, begin, end, y, ldy);
 }
 
 template <int bits>
 void int8(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
-  std::vector<float> products(4 * ((w.groups + 31) / 16 * 16));
-  int64_t m = 0;
-  // Some rows of the weight at a time, so that they are still in the cache for the next rows of activations.
-  for (int64_t n = begin; n < end; n += 64) {
-    const int64_t last = std::min(n + 64, end);
-    for (m = 0; m + 4 <= a.count; m += 4) int8_rows<bits, 4>(w, a, n, last, m, y, ldy, products.data());
-    for (; m < a.count; ++m) int8_rows<bits, 1>(w, a, n, last, m, y, ldy, products.data());
+  std::vector<float> products(8 * ((w.groups + 31) / 16 * 16));
+  // A few rows of the weight meet all rows of activations while they are in the nearest cache.
+  int64_t n = begin;
+  for (; n + 4 <= end; n += 4) {
+    int64_t m = 0;
+    for (; m + 2 <= a.count; m += 2) int8_rows<bits, 4, 2>(w, a, n, m, y, ldy, products.data());
+    for (; m < a.count; ++m) int8_rows<bits, 4, 1>(w, a, n, m, y, ldy, products.data());
   }
+  for (; n < end; ++n)
+    for (int64_t m = 0; m < a.count; ++m) int8_rows<bits, 1, 1>(w, a, n, m, y, ldy, products.data());
 }
 
 void multiply_int8(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
@@ -219,8 +328,13 @@ inline void exact_rows(const Weight& w, const Activations& a, int64_t n, int64_t
     table[r] = table_of<bits>(w, n + r);
   }
   const int width = plane_width(bits, 0);
+  const int64_t ahead = rows * w.padded() * width / 8;
   for (int64_t group = 0; group < w.groups; ++group) {
     const int64_t begin = group * w.group_size;
+    for (int r = 0; r < rows; ++r) {
+      for (int64_t at = 0; at < w.group_size * width / 8; at += 64) prefetch(row[r].low + begin * width / 8 + at + ahead);
+      if (bits == 3) prefetch(row[r].high + begin / 8 + ahead / 2);
+    }
     __m512 sums[rows];
     for (int r = 0; r < rows; ++r) sums[r] = _mm512_setzero_ps();
     for (int64_t k = begin; k < begin + w.group_size; k += 16) {
@@ -308,34 +422,52 @@ inline void decode_panel(const Weight& w, int64_t first, int64_t count, float* o
   }
 }
 
-// Y [rows, 16] of rows of activations and a panel.
+// Add rows of activations times columns [first, last) of two panels to Y [rows, 32].
 template <int rows>
-inline void panel_rows(const Activations& a, int64_t m, int64_t columns, const float* panel, float* y, int64_t ldy,
-                       __mmask16 part) {
-  __m512 totals[rows];
+inline void panel_rows(const Activations& a, int64_t m, int64_t first, int64_t last, const float* panel,
+                       int64_t panel_size, float* y, int64_t ldy, __mmask16 low, __mmask16 high) {
+  __m512 totals[rows][2];
   const float* x[rows];
   for (int r = 0; r < rows; ++r) {
-    totals[r] = _mm512_setzero_ps();
+    totals[r][0] = first ? _mm512_maskz_loadu_ps(low, y + (m + r) * ldy) : _mm512_setzero_ps();
+    totals[r][1] = first ? _mm512_maskz_loadu_ps(high, y + (m + r) * ldy + 16) : _mm512_setzero_ps();
     x[r] = a.values + (m + r) * a.padded;
   }
-  for (int64_t k = 0; k < columns; ++k) {
-    const __m512 column = _mm512_loadu_ps(panel + 16 * k);
-    for (int r = 0; r < rows; ++r) totals[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r][k]), column, totals[r]);
+  for (int64_t k = first; k < last; ++k) {
+    const __m512 one = _mm512_loadu_ps(panel + 16 * k), other = _mm512_loadu_ps(panel + panel_size + 16 * k);
+    for (int r = 0; r < rows; ++r) {
+      const __m512 value = _mm512_set1_ps(x[r][k]);
+      totals[r][0] = _mm512_fmadd_ps(value, one, totals[r][0]);
+      totals[r][1] = _mm512_fmadd_ps(value, other, totals[r][1]);
+    }
   }
-  for (int r = 0; r < rows; ++r) _mm512_mask_storeu_ps(y + (m + r) * ldy, part, totals[r]);
+  for (int r = 0; r < rows; ++r) {
+    _mm512_mask_storeu_ps(y + (m + r) * ldy, low, totals[r][0]);
+    _mm512_mask_storeu_ps(y + (m + r) * ldy + 16, high, totals[r][1]);
+  }
 }
 
+inline __mmask16 first_lanes(int64_t count) {
+  return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
+}
+
+// 32 rows of the weight at a time, and so many columns that two panels of them stay in the nearest cache.
 template <int bits>
 void panels(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
-  std::vector<float> panel(16 * w.padded() + 16);
-  for (int64_t n = begin; n < end; n += 16) {
-    const int64_t count = std::min<int64_t>(16, end - n);
-    const __mmask16 part = static_cast<__mmask16>((1u << count) - 1);
-    decode_panel<bits>(w, n, count, panel.data());
-    int64_t m = 0;
-    for (; m + 12 <= a.count; m += 12) panel_rows<12>(a, m, w.columns, panel.data(), y + n, ldy, part);
-    for (; m + 4 <= a.count; m += 4) panel_rows<4>(a, m, w.columns, panel.data(), y + n, ldy, part);
-    for (; m < a.count; ++m) panel_rows<1>(a, m, w.columns, panel.data(), y + n, ldy, part);
+  constexpr int64_t kColumns = 192;
+  const int64_t size = 16 * w.padded();
+  std::vector<float> panel(2 * size);
+  for (int64_t n = begin; n < end; n += 32) {
+    const __mmask16 low = first_lanes(end - n), high = first_lanes(end - n - 16);
+    decode_panel<bits>(w, n, std::min<int64_t>(16, end - n), panel.data());
+    if (high) decode_panel<bits>(w, n + 16, std::min<int64_t>(16, end - n - 16), panel.data() + size);
+    for (int64_t k = 0; k < w.columns; k += kColumns) {
+      const int64_t last = std::min(k + kColumns, w.columns);
+      int64_t m = 0;
+      for (; m + 12 <= a.count; m += 12) panel_rows<12>(a, m, k, last, panel.data(), size, y + n, ldy, low, high);
+      for (; m + 4 <= a.count; m += 4) panel_rows<4>(a, m, k, last, panel.data(), size, y + n, ldy, low, high);
+      for (; m < a.count; ++m) panel_rows<1>(a, m, k, last, panel.data(), size, y + n, ldy, low, high);
+    }
   }
 }
 
@@ -371,6 +503,7 @@ void multiply_signs(const Weight& w, const Activations& a, int64_t begin, int64_
         __m512i counts = _mm512_setzero_si512();
         for (int64_t at = begin_word; at < end_word; at += 8) {
           const __mmask8 part = end_word - at >= 8 ? 0xff : static_cast<__mmask8>((1u << (end_word - at)) - 1);
+          prefetch(row + 8 * at + 4 * 8 * words);
           const __m512i differ = _mm512_xor_si512(_mm512_maskz_loadu_epi64(part, row + 8 * at),
                                                   _mm512_maskz_loadu_epi64(part, x + at));
           counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(differ));

@@ -32,6 +32,9 @@ QC_KERNELS(avx512)
 namespace avx512 {
 bool runs(const Weight&);
 bool runs_signs(const Weight&);
+bool deals(const Weight&);
+void deal(const int8_t*, int64_t, int, int8_t*);
+void multiply_dealt(const Weight&, const Activations&, int64_t, int64_t, float*, int64_t);
 void multiply_many(const Weight&, const Activations&, int64_t, int64_t, float*, int64_t);
 }  // namespace avx512
 namespace amx {
@@ -81,7 +84,7 @@ Isa chosen() {
 struct Prepared {
   Activations view{};
   std::vector<float> values, sums, scales, sizes, turned_scales, turned_sums;
-  std::vector<int8_t> codes, tiles;
+  std::vector<int8_t> codes, dealt, tiles;
   std::vector<uint64_t> signs;
 };
 
@@ -126,6 +129,17 @@ void prepare_codes(const Weight& w, const float* a, int64_t count, const Paralle
   view.sums = out.sums.data();
 }
 
+#if defined(__x86_64__)
+void prepare_dealt(const Weight& w, int64_t count, const Parallel& parallel, Prepared& out) {
+  out.dealt.resize(count * out.view.padded);
+  parallel(count, [&](int64_t m) {
+    const int64_t place = m * out.view.padded;
+    avx512::deal(out.view.codes + place, w.padded(), w.bits, out.dealt.data() + place);
+  });
+  out.view.dealt = out.dealt.data();
+}
+#endif
+
 void prepare_signs(const Weight& w, const float* a, int64_t count, const Parallel& parallel, Prepared& out) {
   const int64_t words = out.view.padded / 64;
   out.signs.assign(count * words, 0);
@@ -143,12 +157,14 @@ void prepare_signs(const Weight& w, const float* a, int64_t count, const Paralle
   out.view.sizes = out.sizes.data();
 }
 
-Multiply choose(const Weight& w, int64_t count, bool int8) {
+Multiply choose(const Weight& w, const Activations& a, bool int8) {
+  const int64_t count = a.count;
 #if defined(__x86_64__)
   const bool wide = isa() >= Isa::kAvx512;
   if (w.kind == Kind::kSigns && wide && avx512::runs_signs(w)) return avx512::multiply_signs;
   if (w.kind != Kind::kSigns && wide && avx512::runs(w))
-    return int8 ? avx512::multiply_int8 : count >= kMany ? avx512::multiply_many : avx512::multiply;
+    return int8 ? (a.dealt ? avx512::multiply_dealt : avx512::multiply_int8)
+           : count >= kMany ? avx512::multiply_many : avx512::multiply;
   if (isa() >= Isa::kAvx2) {
     if (w.kind == Kind::kSigns) return generic_avx2::multiply_signs;
     return int8 ? generic_avx2::multiply_int8 : generic_avx2::multiply;
@@ -204,9 +220,11 @@ void matmul(const Weight& w, const float* a, int64_t count, const float* bias, b
     });
     amx::turn(view.scales, count, w.groups, prepared.turned_scales.data());
     amx::turn(view.sums, count, w.groups, prepared.turned_sums.data());
+  } else if (int8 && isa() >= Isa::kAvx512 && avx512::runs(w) && avx512::deals(w)) {
+    prepare_dealt(w, count, parallel, prepared);
   }
 #endif
-  const Multiply multiply = choose(w, count, int8);
+  const Multiply multiply = choose(w, prepared.view, int8);
   parallel((w.rows + kRows - 1) / kRows, [&](int64_t task) {
     const int64_t begin = task * kRows, end = std::min(begin + kRows, w.rows);
 #if defined(__x86_64__)

@@ -51,6 +51,7 @@ struct Activations {
   const float* values;    // [M, padded]; null where only codes are needed
   const float* sums;      // [M, G], of each group's values; with codes, of the values that these stand for
   const int8_t* codes;    // [M, padded], or null
+  const int8_t* dealt;    // [M, padded], the same in the order of avx512::deal, or null
   const float* scales;    // [M, G], of the codes
   const uint64_t* signs;  // [M, padded / 64], a set bit for a value of at least 0, or null
   const float* sizes;     // [M], mean magnitudes
