@@ -208,7 +208,7 @@ def spec_of(site: Site, scheme: Scheme, config: CompileConfig) -> WeightSpec:
         "float16" if config.float16 and site.scale_dtype == "float32" else site.scale_dtype,
         signed_scale=config.target in ("cpu", "cuda"),
         reduced=config.reduce_range,
-        planes=needs_operators(site, scheme, config),
+        stream=needs_operators(site, scheme, config),
     )
 
 

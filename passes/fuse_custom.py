@@ -1,6 +1,6 @@
 """Lower weights in formats that ONNX Runtime has no kernels for to the operators of `ai.qcompiler`.
 
-1. MatMul(x, Wq) and MatMul(x, Transpose(Wq)) become MatMul3Bits(x, low bits, high bit, scales, zero_points, bias).
+1. MatMul(x, Wq) and MatMul(x, Transpose(Wq)) become MatMul3Bits(x, codes, scales, zero_points, bias).
 2. A Gemm's bias, or that of an Add behind a MatMul, goes in if it is one value an output channel; an Add does the rest.
 3. Conv with a kernel of one: Transpose to channels-last, the product, Transpose back.
 
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qcompiler.config import CompileConfig
 from qcompiler.graph import Site
 from qcompiler.kernels.schemas import DOMAIN, OPERATORS, VERSION, function_proto
-from qcompiler.lowering import add_constant, bias_of, channels_last, make_node, plane_constants, replace_nodes
+from qcompiler.lowering import add_constant, bias_of, channels_last, make_node, replace_nodes, stream_constants
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, scheme_text
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
@@ -25,7 +25,7 @@ __all__ = ["FuseCustom"]
 
 
 class FuseCustom(QuantPass):
-    """Rewrites every site whose codes lie in planes."""
+    """Rewrites every site whose codes are a stream of bits."""
 
     name = "fuse_custom"
     stage = Stage.LOWER
@@ -40,7 +40,7 @@ class FuseCustom(QuantPass):
         records, used = [], set()
         for site in find_sites(model)[0]:
             tensor = site.quantized
-            if tensor is None or not tensor.spec.planes:
+            if tensor is None or not tensor.spec.stream:
                 continue
             name = f"MatMul{tensor.spec.bits}Bits"
             level = self._rewrite(site, tensor, name)
@@ -59,7 +59,7 @@ class FuseCustom(QuantPass):
         assert isinstance(graph, ir.Graph)
         level = self.context.config.accuracy_level or 0
         bias, absorbed = bias_of(site, graph)
-        constants = plane_constants(site)
+        constants = stream_constants(site)
         if bias is None:
             none = np.zeros(1, site.dtype.numpy())
             constants = constants | {"bias": add_constant(graph, f"{site.weight.name}_bias", none)}

@@ -40,7 +40,7 @@ class FuseMatMulNBits(QuantPass):
         records = []
         for site in find_sites(model)[0]:
             tensor = site.quantized
-            if tensor is None or tensor.spec.planes:
+            if tensor is None or tensor.spec.stream:
                 continue
             if site.role == "embedding" or explicit_activations(site) is not None:
                 continue

@@ -105,7 +105,7 @@ def _needed(model: ir.Model, config: CompileConfig) -> tuple[int, str]:
         if config.output_format == "qdq" or activations is not None:
             opset = qdq_opset(spec, site.rows, site.columns, lookup=site.role == "embedding")
         else:
-            opset = BODY_OPSET if spec.planes else 0
+            opset = BODY_OPSET if spec.stream else 0
         if activations is not None and activations.bits == 16:
             opset = max(opset, 21)
         if opset > needed:

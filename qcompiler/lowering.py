@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, Site, unique_name
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.formats import int_format
-from qcompiler.numerics.packing import centred, pack_codes, pack_matmul_nbits, pack_planes
+from qcompiler.numerics.packing import centred, pack_codes, pack_matmul_nbits, pack_stream
 from qcompiler.targets import block_size
 
 __all__ = [
@@ -19,8 +19,8 @@ __all__ = [
     "block_constants",
     "channels_last",
     "make_node",
-    "plane_constants",
     "replace_nodes",
+    "stream_constants",
     "width_note",
 ]
 
@@ -159,23 +159,20 @@ def channels_last(graph: ir.Graph, node: ir.Node, new: list[ir.Node], pass_name:
     return [before, *new, make_node(graph, "Transpose", [new[-1].outputs[0]], {"perm": back}, node, pass_name)]
 
 
-def plane_constants(site: Site) -> dict[str, ir.Value]:
+def stream_constants(site: Site) -> dict[str, ir.Value]:
     """The initializers of a quantized weight in the layout of our own operators (see `kernels.schemas`).
 
     Every caller gets the same initializers for the same weight.
 
     Returns:
-        By name of the operator's input: the planes of codes, scales and zero points.
+        By name of the operator's input: B, scales and zero_points.
     """
     tensor, graph = site.quantized, site.weight.graph
     assert tensor is not None and graph is not None
     made: dict[str, ir.Value] = tensor.meta.setdefault("lowered", {})
     if not made:
         spec, name = tensor.spec, site.weight.name
-        planes = pack_planes(tensor.codes(), spec.bits, spec.group_size)
-        labels = ("B",) if len(planes) == 1 else ("B_low", "B_high")
-        for label, plane in zip(labels, planes, strict=True):
-            made[label] = add_constant(graph, f"{name}_{label}", plane)
+        made["B"] = add_constant(graph, f"{name}_codes", pack_stream(tensor.codes(), spec.bits, spec.group_size))
         made["scales"] = add_constant(graph, f"{name}_scales", tensor.scale[..., None])
         zero = tensor.zero_point[..., None] if tensor.zero_point is not None else _middle(spec)
         made["zero_points"] = add_constant(graph, f"{name}_zero_points", zero)

@@ -114,7 +114,7 @@ class Inspection:
 
 def _kernel(site: Site, config: CompileConfig) -> str:
     spec = site_spec(site, config)
-    if spec.planes:
+    if spec.stream:
         return f"MatMul{spec.bits}Bits"
     if config.output_format == "qdq":
         return "DequantizeLinear"

@@ -181,15 +181,15 @@ class Scheme:
         *,
         signed_scale: bool = True,
         reduced: bool = False,
-        planes: bool = False,
+        stream: bool = False,
     ) -> WeightSpec:
         """The WeightSpec of a weight with `columns` columns (K); the scheme must be resolved."""
         if self.group_size is None or self.symmetric is None:
             raise SchemeError(f"scheme '{self}' has to be resolved for a target first")
         if self.activations is not None and self.spelled_out:
             return WeightSpec(8, columns, True, False, scale_dtype, self.head_size, reduced, self.activations.fp8)
-        group_size = self.group_size or (-(-columns // 64) * 64 if planes else columns)
-        return WeightSpec(self.bits, group_size, self.symmetric, signed_scale, scale_dtype, planes=planes)
+        group_size = self.group_size or (-(-columns // 64) * 64 if stream else columns)
+        return WeightSpec(self.bits, group_size, self.symmetric, signed_scale, scale_dtype, stream=stream)
 
     def __str__(self) -> str:
         """Canonical text; parsing it gives the scheme back."""

@@ -147,7 +147,7 @@ def block_size(spec: WeightSpec, columns: int) -> int:
 
 def lowered_bytes(spec: WeightSpec, rows: int, columns: int) -> int:
     """Bytes of an [N, K] weight's codes, scales and zero points as the block-quantized operators store them."""
-    if spec.planes:
+    if spec.stream:
         groups = spec.groups(columns)
         each = spec.group_size * spec.bits // 8 + storage_dtype(spec.scale_dtype).itemsize
         return rows * groups * (each + (0 if spec.symmetric else 1))

@@ -7,7 +7,7 @@ import onnx
 from onnx import helper
 
 from qcompiler.kernels.schemas import DOMAIN, OPERATORS, function_proto
-from qcompiler.numerics.packing import pack_planes
+from qcompiler.numerics.packing import pack_stream
 
 OPSET = 21
 
@@ -21,7 +21,7 @@ def make_inputs(name, rows=(1,), N=24, K=136, group_size=32, dtype="float32", en
     random, bits = np.random.default_rng(seed), OPERATORS[name].bits
     groups = -(-K // group_size)
     codes = random.integers(0, 1 << bits, (N, -(-K // entry))).astype(np.uint8)
-    planes = pack_planes(codes, bits, group_size // entry)
+    stream = pack_stream(codes, bits, group_size // entry)
     activations = random.standard_normal((*rows, K)).astype(dtype)
     scales = (random.uniform(0.5, 1.5, (N, groups, 1)) * random.choice([-1, 1], (N, groups, 1))).astype(dtype)
     bias = random.standard_normal(N).astype(dtype) if seed % 2 == 0 else np.zeros(1, dtype)
@@ -29,14 +29,14 @@ def make_inputs(name, rows=(1,), N=24, K=136, group_size=32, dtype="float32", en
         tables = 2
         codebook = random.standard_normal((tables << bits, entry)).astype(dtype)
         starts = (random.integers(0, tables, (N, 1, 1)) << bits).astype(np.int32)
-        return [activations, *planes, codebook, starts, scales, bias]
+        return [activations, stream, codebook, starts, scales, bias]
     if name == "MatMulSigns":
-        return [activations, *planes, scales, bias]
+        return [activations, stream, scales, bias]
     shape = (N, groups, 1) if zeros == "each" else (1, 1, 1)
     zero_points = random.integers(0, 1 << bits, shape).astype(np.uint8)
     if zeros == "half":
         zero_points = np.full(shape, 0.5, dtype)
-    return [activations, *planes, scales, zero_points, bias]
+    return [activations, stream, scales, zero_points, bias]
 
 
 def model_of(name, inputs, *, body=True, opset=OPSET, **attributes):

@@ -1,8 +1,8 @@
 // Products of 8-bit activations and codes with AMX, for many rows of activations.
 //
-// C = A B with tiles: A has 16 rows of the weight, 64 codes each, as they come out of a plane; B has 64 columns of 16
-// rows of activations, in fours; C [16, 16] is int32. Codes of a group are summed up exactly, then scales follow in
-// float: totals [16 rows of the weight, rows of activations].
+// C = A B with tiles: A has 16 rows of the weight, 64 codes each, less their zero points; B has 64 columns of 16 rows of
+// activations, in fours; C [16, 16] is int32. Codes of a group are summed up exactly; then scales follow in float, in
+// registers that hold 16 rows of the weight times 16 rows of activations for all groups.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -66,108 +66,95 @@ void turn(const float* values, int64_t count, int64_t groups, float* turned) {
     for (int64_t m = 0; m < width; ++m) turned[g * width + m] = m < count ? values[m * groups + g] : 0.0f;
 }
 
+// 16 rows of codes less their zero points, as tiles: [K / 64, 16, 64].
 template <int bits>
-void decode_tile(const Weight& w, int64_t first, int64_t count, int64_t step, uint8_t* out) {
-  constexpr int width = plane_width(bits, 0);
+void decode_rows(const Weight& w, int64_t first, int64_t count, int8_t* out) {
+  const int64_t steps = w.padded() / kBytes, inner = w.group_size / kBytes;
   for (int64_t r = 0; r < count; ++r) {
-    const uint8_t* low = plane_row(w, 0, first + r) + step * 8 * width;
-    const uint8_t* high = bits == 3 ? plane_row(w, 1, first + r) + step * 8 : nullptr;
-    _mm512_store_si512(out + r * kBytes, codes64<bits>(low, high));
+    const uint8_t* row = row_codes(w, first + r);
+    for (int64_t step = 0; step < steps; ++step) {
+      const __m512i zero = _mm512_set1_epi8(static_cast<int8_t>(w.zero(first + r, step / inner)));
+      const __m512i codes = _mm512_sub_epi8(codes64<bits>(row + step * step_bytes(bits)), zero);
+      _mm512_store_si512(out + (step * kTile + r) * kBytes, codes);
+    }
   }
 }
 
-// Add C, scaled, to totals: 16 rows of the weight, 16 rows of activations.
-inline void add_scaled(const int32_t* sums, const Weight& w, int64_t first, int64_t count, int64_t group,
-                       const float* scales, const float* wholes, float* totals, int64_t width) {
-  const __m512 size = _mm512_loadu_ps(scales), whole = _mm512_loadu_ps(wholes);
-  for (int64_t r = 0; r < count; ++r) {
-    const float scale = w.scales[(first + r) * w.groups + group];
-    const __m512 products = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + r * kTile)), size);
-    const __m512 centred = _mm512_fnmadd_ps(_mm512_set1_ps(w.zero(first + r, group)), whole, products);
-    float* total = totals + r * width;
-    _mm512_storeu_ps(total, _mm512_fmadd_ps(_mm512_set1_ps(scale), centred, _mm512_loadu_ps(total)));
-  }
+// The transpose of 16 registers of 16 floats, into rows of y.
+inline void store_turned(__m512 r[16], int64_t count, float* y, int64_t ldy, __mmask16 part) {
+  alignas(64) float found[kTile * kTile];
+  for (int i = 0; i < kTile; ++i) _mm512_store_ps(found + i * kTile, r[i]);
+  const __m512i column = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                            _mm512_set1_epi32(kTile));
+  for (int64_t m = 0; m < count; ++m)
+    _mm512_mask_storeu_ps(y + m * ldy, part, _mm512_i32gather_ps(column, found + m, 4));
 }
 
-// Two tiles of activations at a time for each tile of codes.
+// Some groups' tiles of sums are made one after the other before any is read: that hides how long each takes.
+constexpr int kAhead = 4;
+
 template <int bits>
-void run(const Weight& w, const int8_t* tiles, const float* scales, const float* sums, int64_t count, int64_t begin,
-         int64_t end, float* y, int64_t ldy) {
-  const int64_t width = (count + kTile - 1) / kTile * kTile, blocks = width / kTile, steps = w.padded() / kBytes;
-  const int64_t inner = w.group_size / kBytes;
-  std::vector<float> totals(kTile * width);
-  std::vector<uint8_t> decoded((inner * kTile + 1) * kBytes);
-  uint8_t* codes = decoded.data() + (kBytes - reinterpret_cast<uintptr_t>(decoded.data()) % kBytes) % kBytes;
-  alignas(64) int32_t found[4][kTile * kTile];
+void run(const Weight& w, const int8_t* tiles, const float* scales, int64_t count, int64_t begin, int64_t end, float* y,
+         int64_t ldy) {
+  const int64_t width = (count + kTile - 1) / kTile * kTile, steps = w.padded() / kBytes, inner = w.group_size / kBytes;
+  std::vector<int8_t> space(steps * kTile * kBytes + kBytes);
+  int8_t* codes = space.data() + (kBytes - reinterpret_cast<uintptr_t>(space.data()) % kBytes) % kBytes;
+  std::vector<float> turned(w.groups * kTile);  // scales of 16 rows of the weight, [G, 16]
+  alignas(64) int32_t found[kAhead][kTile * kTile];
   Config config;
-  for (int i = 0; i < 8; ++i) config.row_bytes[i] = kBytes, config.rows[i] = kTile;
+  for (int i = 0; i < 8; ++i) {
+    config.row_bytes[i] = kBytes;
+    config.rows[i] = kTile;
+  }
   _tile_loadconfig(&config);
   for (int64_t n = begin; n < end; n += kTile) {
     const int64_t rows = std::min<int64_t>(kTile, end - n);
-    std::fill(totals.begin(), totals.end(), 0.0f);
-    for (int64_t group = 0; group < w.groups; ++group) {
-      for (int64_t at = 0; at < inner; ++at)
-        decode_tile<bits>(w, n, rows, group * inner + at, codes + at * kTile * kBytes);
-      const float* scale = scales + group * width;
-      const float* sum = sums + group * width;
-      const int8_t* x = tiles + group * inner * kTile * kBytes;
-      int64_t block = 0;
-      for (; block + 4 <= blocks; block += 4) {
-        const int8_t* b[4];
-        for (int i = 0; i < 4; ++i) b[i] = x + (block + i) * steps * kTile * kBytes;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t at = 0; at < inner; ++at) {
-          const int64_t place = at * kTile * kBytes;
-          _tile_loadd(4, codes + place, kBytes);
-          _tile_loadd(5, b[0] + place, kBytes);
-          _tile_dpbusd(0, 4, 5);
-          _tile_loadd(6, b[1] + place, kBytes);
-          _tile_dpbusd(1, 4, 6);
-          _tile_loadd(7, b[2] + place, kBytes);
-          _tile_dpbusd(2, 4, 7);
-          _tile_loadd(5, b[3] + place, kBytes);
-          _tile_dpbusd(3, 4, 5);
+    decode_rows<bits>(w, n, rows, codes);
+    for (int64_t g = 0; g < w.groups; ++g)
+      for (int64_t r = 0; r < kTile; ++r) turned[g * kTile + r] = r < rows ? w.scales[(n + r) * w.groups + g] : 0.0f;
+    for (int64_t m = 0; m < count; m += kTile) {
+      const int8_t* x = tiles + m * steps * kBytes;
+      __m512 totals[kTile];
+      for (int r = 0; r < kTile; ++r) totals[r] = _mm512_setzero_ps();
+      for (int64_t group = 0; group < w.groups; group += kAhead) {
+        const int64_t ahead = std::min<int64_t>(kAhead, w.groups - group);
+        for (int64_t i = 0; i < ahead; ++i) {
+          _tile_zero(0);
+          for (int64_t at = (group + i) * inner; at < (group + i + 1) * inner; ++at) {
+            _tile_loadd(4, codes + at * kTile * kBytes, kBytes);
+            _tile_loadd(5, x + at * kTile * kBytes, kBytes);
+            _tile_dpbssd(0, 4, 5);
+          }
+          _tile_stored(0, found[i], kBytes);
         }
-        _tile_stored(0, found[0], kBytes);
-        _tile_stored(1, found[1], kBytes);
-        _tile_stored(2, found[2], kBytes);
-        _tile_stored(3, found[3], kBytes);
-        for (int i = 0; i < 4; ++i) {
-          const int64_t m = (block + i) * kTile;
-          add_scaled(found[i], w, n, rows, group, scale + m, sum + m, totals.data() + m, width);
+        for (int64_t i = 0; i < ahead; ++i) {
+          const __m512 size = _mm512_loadu_ps(scales + (group + i) * width + m);
+          const float* scale = turned.data() + (group + i) * kTile;
+          for (int r = 0; r < kTile; ++r) {
+            const __m512 sums = _mm512_cvtepi32_ps(_mm512_load_si512(found[i] + r * kTile));
+            totals[r] = _mm512_fmadd_ps(_mm512_mul_ps(sums, size), _mm512_set1_ps(scale[r]), totals[r]);
+          }
         }
       }
-      for (; block < blocks; ++block) {
-        _tile_zero(0);
-        for (int64_t at = 0; at < inner; ++at) {
-          _tile_loadd(4, codes + at * kTile * kBytes, kBytes);
-          _tile_loadd(5, x + (block * steps + at) * kTile * kBytes, kBytes);
-          _tile_dpbusd(0, 4, 5);
-        }
-        _tile_stored(0, found[0], kBytes);
-        const int64_t m = block * kTile;
-        add_scaled(found[0], w, n, rows, group, scale + m, sum + m, totals.data() + m, width);
-      }
+      store_turned(totals, std::min<int64_t>(kTile, count - m), y + m * ldy + n, ldy,
+                   static_cast<__mmask16>((1u << rows) - 1));
     }
-    for (int64_t m = 0; m < count; ++m)
-      for (int64_t r = 0; r < rows; ++r) y[m * ldy + n + r] = totals[r * width + m];
   }
   _tile_release();
 }
 
-// Whether these kernels run a weight.
-bool runs(const Weight& w) { return w.kind == Kind::kUniform && w.group_size % kBytes == 0 && w.bits <= 4; }
+// Whether these kernels run a weight: zero points that are no codes are left to others.
+bool runs(const Weight& w) {
+  return w.kind == Kind::kUniform && w.group_size % kBytes == 0 && w.bits <= 4 && w.zero_u8 != nullptr;
+}
 
-void multiply(const Weight& w, const int8_t* tiles, const float* scales, const float* sums, int64_t count,
-              int64_t begin, int64_t end, float* y, int64_t ldy) {
+void multiply(const Weight& w, const int8_t* tiles, const float* scales, int64_t count, int64_t begin, int64_t end,
+              float* y, int64_t ldy) {
   switch (w.bits) {
-    case 1: return run<1>(w, tiles, scales, sums, count, begin, end, y, ldy);
-    case 2: return run<2>(w, tiles, scales, sums, count, begin, end, y, ldy);
-    case 3: return run<3>(w, tiles, scales, sums, count, begin, end, y, ldy);
-    default: return run<4>(w, tiles, scales, sums, count, begin, end, y, ldy);
+    case 1: return run<1>(w, tiles, scales, count, begin, end, y, ldy);
+    case 2: return run<2>(w, tiles, scales, count, begin, end, y, ldy);
+    case 3: return run<3>(w, tiles, scales, count, begin, end, y, ldy);
+    default: return run<4>(w, tiles, scales, count, begin, end, y, ldy);
   }
 }
 

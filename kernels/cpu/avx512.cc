@@ -1,7 +1,7 @@
 // Kernels for processors with AVX-512 and its VBMI, VNNI and VPOPCNTDQ parts (Ice Lake, Zen 4 and later).
 //
-// All of them go along a row of the weight in steps of 64 columns. A step of codes of w bits is 8 * w bytes in a row of
-// a plane whatever the groups are, and becomes 64 bytes in one register in two or three instructions.
+// All of them go along a row of the weight in steps of 64 columns, whose codes become bytes in one register with two or
+// three instructions; or, where that is faster, in larger blocks whose codes stay in the bytes that they share.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -17,37 +17,18 @@
 namespace qc {
 namespace avx512 {
 
-// A row's planes, which may end in the middle of a step of 64: the last step is read from copies.
-struct Row {
-  const uint8_t* low;
-  const uint8_t* high;
-};
-
-template <int bits>
-inline Row row_of(const Weight& w, int64_t n) {
-  return {plane_row(w, 0, n), bits == 3 ? plane_row(w, 1, n) : nullptr};
-}
-
 // Ask for what the next rows will read where these rows are now: each row is too short for processors to see it coming.
 inline void prefetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
 
-constexpr int low_bytes(int bits) { return 8 * plane_width(bits, 0); }
-
-// The bytes of the last, ragged step of a row, filled up with zeros.
-struct Ragged {
-  alignas(64) uint8_t low[64] = {};
-  alignas(64) uint8_t high[8] = {};
-};
-
-template <int bits>
-inline Ragged ragged_step(const Row& row, int64_t step, int64_t columns) {
-  Ragged found;
-  std::memcpy(found.low, row.low + step * low_bytes(bits), columns * plane_width(bits, 0) / 8);
-  if (bits == 3) std::memcpy(found.high, row.high + step * 8, columns / 8);
-  return found;
-}
-
 #include "codes512.inc"
+
+// The last, ragged step of a row, filled up with zeros.
+template <int bits>
+inline __m512i last_codes(const uint8_t* row, int64_t step, int64_t columns) {
+  alignas(64) uint8_t bytes[64] = {};
+  std::memcpy(bytes, row + step * step_bytes(bits), columns * bits / 8);
+  return codes64<bits>(bytes);
+}
 
 // Scales of the lanes of a step: a lane holds 4 columns, and a step may hold parts of 1, 2 or 4 groups.
 inline __m512 lane_scales(const float* scales, int64_t step, int64_t group_size) {
@@ -84,19 +65,19 @@ inline float scaled(const Weight& w, int64_t n, const float* sizes, const float*
 }
 
 // Some rows of the weight, and rows of activations that meet their codes once these are decoded.
-template <int bits, int rows, int count>
+template <int bits, int rows, int count, bool inside>
 inline void int8_rows(const Weight& w, const Activations& a, int64_t n, int64_t first, float* y, int64_t ldy,
                       float* products) {
   const int64_t stride = (w.groups + 31) / 16 * 16, ragged = w.padded() % 64, whole = w.padded() / 64;
   const int64_t inner = w.group_size >= 64 ? w.group_size / 64 : 1;
-  const int64_t ahead = rows * w.padded() * plane_width(bits, 0) / 8;
+  const int64_t ahead = rows * row_bytes(w);
   const int8_t* x[count];
-  Row row[rows];
+  const uint8_t* row[rows];
   float taken[rows][count];
   __m512 totals[rows][count];
   for (int m = 0; m < count; ++m) x[m] = a.codes + (first + m) * a.padded;
   for (int r = 0; r < rows; ++r) {
-    row[r] = row_of<bits>(w, n + r);
+    row[r] = row_codes(w, n + r);
     for (int m = 0; m < count; ++m) {
       const int64_t place = (first + m) * w.groups;
       taken[r][m] = scaled(w, n + r, a.scales + place, a.sums + place, products + (r * count + m) * stride);
@@ -111,10 +92,9 @@ inline void int8_rows(const Weight& w, const Activations& a, int64_t n, int64_t 
       __m512i values[count];
       for (int m = 0; m < count; ++m) values[m] = _mm512_loadu_si512(x[m] + at * 64);
       for (int r = 0; r < rows; ++r) {
-        const uint8_t* high = bits == 3 ? row[r].high + at * 8 : nullptr;
-        if (at % (64 / low_bytes(bits)) == 0) prefetch(row[r].low + at * low_bytes(bits) + ahead);
-        if (bits == 3 && at % 8 == 0) prefetch(high + ahead / 2);
-        const __m512i codes = codes64<bits>(row[r].low + at * low_bytes(bits), high);
+        const uint8_t* from = row[r] + at * step_bytes(bits);
+        prefetch(from + ahead);
+        const __m512i codes = codes64<bits, inside>(from);
         for (int m = 0; m < count; ++m) sums[r][m] = _mm512_dpbusd_epi32(sums[r][m], codes, values[m]);
       }
     }
@@ -125,8 +105,7 @@ inline void int8_rows(const Weight& w, const Activations& a, int64_t n, int64_t 
   }
   if (ragged)
     for (int r = 0; r < rows; ++r) {
-      const Ragged last = ragged_step<bits>(row[r], whole, ragged);
-      const __m512i codes = codes64<bits>(last.low, last.high);
+      const __m512i codes = last_codes<bits>(row[r], whole, ragged);
       for (int m = 0; m < count; ++m) {
         const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_loadu_si512(x[m] + whole * 64));
         totals[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums),
@@ -138,46 +117,46 @@ inline void int8_rows(const Weight& w, const Activations& a, int64_t n, int64_t 
       y[(first + m) * ldy + n + r] = _mm512_reduce_add_ps(totals[r][m]) - taken[r][m];
 }
 
-// Codes of 2 and 4 bits are decoded for less where 64 bytes of a plane become registers as they are: register p holds
+// Codes of 1, 2 and 4 bits are decoded for less where 64 bytes become registers as they are: register p holds
 // code p of each byte, so that activations have to be *dealt* like that, column p, p + n, p + 2n ... of a block of 64 n
 // columns, n codes being in a byte. A lane then holds 4 n neighbouring columns of the block.
-constexpr int dealt_planes(int bits) { return 8 / bits; }
-constexpr int64_t dealt_columns(int bits) { return 64 * dealt_planes(bits); }
+constexpr int dealt_parts(int bits) { return 8 / bits; }
+constexpr int64_t dealt_columns(int bits) { return 64 * dealt_parts(bits); }
 
 // Whether groups and blocks fit each other.
 bool deals(const Weight& w) {
-  if (w.bits != 2 && w.bits != 4) return false;
-  const int64_t block = dealt_columns(w.bits), lane = 4 * dealt_planes(w.bits);
+  if (w.bits == 3) return false;
+  const int64_t block = dealt_columns(w.bits), lane = 4 * dealt_parts(w.bits);
   return w.group_size >= block ? w.group_size % block == 0 : block % w.group_size == 0 && w.group_size % lane == 0;
 }
 
 // Lay codes of a row of activations out as above; what is left of the last block is not touched.
 void deal(const int8_t* codes, int64_t columns, int bits, int8_t* dealt) {
-  const int planes = dealt_planes(bits);
+  const int parts = dealt_parts(bits);
   const int64_t block = dealt_columns(bits);
   for (int64_t begin = 0; begin + block <= columns; begin += block)
-    for (int p = 0; p < planes; ++p)
-      for (int j = 0; j < 64; ++j) dealt[begin + 64 * p + j] = codes[begin + planes * j + p];
+    for (int p = 0; p < parts; ++p)
+      for (int j = 0; j < 64; ++j) dealt[begin + 64 * p + j] = codes[begin + parts * j + p];
 }
 
 template <int bits, int rows>
 inline void dealt_rows(const Weight& w, const Activations& a, int64_t n, int64_t m, float* y, int64_t ldy,
                        float* products) {
-  constexpr int planes = dealt_planes(bits);
+  constexpr int parts = dealt_parts(bits);
   constexpr int64_t block = dealt_columns(bits);
   const int64_t stride = (w.groups + 31) / 16 * 16, blocks = w.padded() / block;
-  const int64_t inner = w.group_size >= block ? w.group_size / block : 1, ahead = rows * w.padded() * bits / 8;
+  const int64_t inner = w.group_size >= block ? w.group_size / block : 1, ahead = rows * row_bytes(w);
   const int8_t* x = a.dealt + m * a.padded;
   const __m512i mask = _mm512_set1_epi8((1 << bits) - 1);
   alignas(64) int32_t lanes[16];
   for (int lane = 0; lane < 16; ++lane)
-    lanes[lane] = w.group_size >= block ? 0 : static_cast<int32_t>(lane * 4 * planes / w.group_size);
+    lanes[lane] = w.group_size >= block ? 0 : static_cast<int32_t>(lane * 4 * parts / w.group_size);
   const __m512i groups = _mm512_load_si512(lanes);
-  Row row[rows];
+  const uint8_t* row[rows];
   float taken[rows];
   __m512 totals[rows];
   for (int r = 0; r < rows; ++r) {
-    row[r] = row_of<bits>(w, n + r);
+    row[r] = row_codes(w, n + r);
     taken[r] = scaled(w, n + r, a.scales + m * w.groups, a.sums + m * w.groups, products + r * stride);
     totals[r] = _mm512_setzero_ps();
   }
@@ -185,13 +164,13 @@ inline void dealt_rows(const Weight& w, const Activations& a, int64_t n, int64_t
     __m512i sums[rows];
     for (int r = 0; r < rows; ++r) sums[r] = _mm512_setzero_si512();
     for (int64_t at = first; at < first + inner; ++at) {
-      __m512i values[planes];
-      for (int p = 0; p < planes; ++p) values[p] = _mm512_loadu_si512(x + at * block + 64 * p);
+      __m512i values[parts];
+      for (int p = 0; p < parts; ++p) values[p] = _mm512_loadu_si512(x + at * block + 64 * p);
       for (int r = 0; r < rows; ++r) {
-        const __m512i bytes = _mm512_loadu_si512(row[r].low + 64 * at);
-        prefetch(row[r].low + 64 * at + ahead);
+        const __m512i bytes = _mm512_loadu_si512(row[r] + 64 * at);
+        prefetch(row[r] + 64 * at + ahead);
         sums[r] = _mm512_dpbusd_epi32(sums[r], _mm512_and_si512(bytes, mask), values[0]);
-        for (int p = 1; p < planes; ++p)
+        for (int p = 1; p < parts; ++p)
           sums[r] = _mm512_dpbusd_epi32(sums[r], _mm512_and_si512(_mm512_srli_epi16(bytes, bits * p), mask), values[p]);
       }
     }
@@ -207,8 +186,8 @@ inline void dealt_rows(const Weight& w, const Activations& a, int64_t n, int64_t
     const int64_t step = k / 64, left = std::min<int64_t>(64, w.padded() - k);
     const __m512i values = _mm512_loadu_si512(rest + k);
     for (int r = 0; r < rows; ++r) {
-      const Ragged last = ragged_step<bits>(row[r], step, left);
-      const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes64<bits>(last.low, last.high), values);
+      const __m512i codes = last_codes<bits>(row[r], step, left);
+      const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, values);
       totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), lane_scales(products + r * stride, step, w.group_size),
                                   totals[r]);
     }
@@ -227,7 +206,11 @@ void dealt(const Weight& w, const Activations& a, int64_t begin, int64_t end, fl
 }
 
 void multiply_dealt(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
-  return w.bits == 2 ? dealt<2>(w, a, begin, end, y, ldy) : dealt<4>(w, a, begin, end, y, ldy);
+  switch (w.bits) {
+    case 1: return dealt<1>(w, a, begin, end, y, ldy);
+    case 2: return dealt<2>(w, a, begin, end, y, ldy);
+    default: return dealt<4>(w, a, begin, end, y, ldy);
+  }
 }
 
 template <int bits>
@@ -235,13 +218,13 @@ void int8(const Weight& w, const Activations& a, int64_t begin, int64_t end, flo
   std::vector<float> products(8 * ((w.groups + 31) / 16 * 16));
   // A few rows of the weight meet all rows of activations while they are in the nearest cache.
   int64_t n = begin;
-  for (; n + 4 <= end; n += 4) {
+  for (; n + 4 <= end && n + 4 < w.rows; n += 4) {  // so that there is something behind the last of four rows
     int64_t m = 0;
-    for (; m + 2 <= a.count; m += 2) int8_rows<bits, 4, 2>(w, a, n, m, y, ldy, products.data());
-    for (; m < a.count; ++m) int8_rows<bits, 4, 1>(w, a, n, m, y, ldy, products.data());
+    for (; m + 2 <= a.count; m += 2) int8_rows<bits, 4, 2, true>(w, a, n, m, y, ldy, products.data());
+    for (; m < a.count; ++m) int8_rows<bits, 4, 1, true>(w, a, n, m, y, ldy, products.data());
   }
   for (; n < end; ++n)
-    for (int64_t m = 0; m < a.count; ++m) int8_rows<bits, 1, 1>(w, a, n, m, y, ldy, products.data());
+    for (int64_t m = 0; m < a.count; ++m) int8_rows<bits, 1, 1, false>(w, a, n, m, y, ldy, products.data());
 }
 
 void multiply_int8(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
@@ -253,49 +236,48 @@ void multiply_int8(const Weight& w, const Activations& a, int64_t begin, int64_t
   }
 }
 
-// 16 values of a row of codes for exact products, looked up in a table of 16 floats. `low` and `high` point at the step.
+// Adds 16 values times activations x, the values being looked up in a table of 16 floats by codes that begin at `from`.
+// Bits above a code belong to the next one: the table repeats its values for them.
 template <int bits>
 struct Lookup;
 
 template <>
 struct Lookup<1> {
-  static inline __m512 add(const uint8_t* low, const uint8_t*, __m512, __m512 x, __m512 total) {
+  static inline __m512 add(const uint8_t* from, __m512, __m512 x, __m512 total) {
     uint16_t set;
-    std::memcpy(&set, low, 2);
+    std::memcpy(&set, from, 2);
     return _mm512_mask_add_ps(total, set, total, x);
   }
 };
 
 template <>
 struct Lookup<2> {
-  static inline __m512 add(const uint8_t* low, const uint8_t*, __m512 table, __m512 x, __m512 total) {
+  static inline __m512 add(const uint8_t* from, __m512 table, __m512 x, __m512 total) {
     int32_t word;
-    std::memcpy(&word, low, 4);
+    std::memcpy(&word, from, 4);
     const __m512i places = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    // The two bits above a code belong to the next one: the table repeats its 4 values.
-    const __m512 values = _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(word), places), table);
-    return _mm512_fmadd_ps(values, x, total);
-  }
-};
-
-template <>
-struct Lookup<3> {
-  static inline __m512 add(const uint8_t* low, const uint8_t* high, __m512 table, __m512 x, __m512 total) {
-    int32_t word;
-    uint16_t set;
-    std::memcpy(&word, low, 4);
-    std::memcpy(&set, high, 2);
-    const __m512i places = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512i two = _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(word), places), _mm512_set1_epi32(3));
-    const __m512i codes = _mm512_mask_or_epi32(two, set, two, _mm512_set1_epi32(4));
+    const __m512i codes = _mm512_srlv_epi32(_mm512_set1_epi32(word), places);
     return _mm512_fmadd_ps(_mm512_permutexvar_ps(codes, table), x, total);
   }
 };
 
 template <>
+struct Lookup<3> {
+  static inline __m512 add(const uint8_t* from, __m512 table, __m512 x, __m512 total) {
+    // Of six bytes the first four hold codes 0 to 7, and the last four, a byte further on, codes 8 to 15.
+    int32_t low, high;
+    std::memcpy(&low, from, 4);
+    std::memcpy(&high, from + 2, 4);
+    const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
+    const __m512i places = _mm512_set_epi32(29, 26, 23, 20, 17, 14, 11, 8, 21, 18, 15, 12, 9, 6, 3, 0);
+    return _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srlv_epi32(words, places), table), x, total);
+  }
+};
+
+template <>
 struct Lookup<4> {
-  static inline __m512 add(const uint8_t* low, const uint8_t*, __m512 table, __m512 x, __m512 total) {
-    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(low));
+  static inline __m512 add(const uint8_t* from, __m512 table, __m512 x, __m512 total) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
     const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
     const __m512i words = _mm512_permutexvar_epi32(halves, _mm512_castsi128_si512(eight));
     const __m512i places = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
@@ -318,30 +300,26 @@ inline void exact_rows(const Weight& w, const Activations& a, int64_t n, int64_t
                        float* products) {
   const int64_t stride = (w.groups + 31) / 16 * 16;
   const float* x = a.values + m * a.padded;
-  Row row[rows];
+  const uint8_t* row[rows];
   float taken[rows];
   __m512 totals[rows], table[rows];
   for (int r = 0; r < rows; ++r) {
-    row[r] = row_of<bits>(w, n + r);
+    row[r] = row_codes(w, n + r);
     taken[r] = scaled(w, n + r, nullptr, a.sums + m * w.groups, products + r * stride);
     totals[r] = _mm512_setzero_ps();
     table[r] = table_of<bits>(w, n + r);
   }
-  const int width = plane_width(bits, 0);
-  const int64_t ahead = rows * w.padded() * width / 8;
+  const int64_t ahead = rows * row_bytes(w);
   for (int64_t group = 0; group < w.groups; ++group) {
     const int64_t begin = group * w.group_size;
-    for (int r = 0; r < rows; ++r) {
-      for (int64_t at = 0; at < w.group_size * width / 8; at += 64) prefetch(row[r].low + begin * width / 8 + at + ahead);
-      if (bits == 3) prefetch(row[r].high + begin / 8 + ahead / 2);
-    }
+    for (int r = 0; r < rows; ++r)
+      for (int64_t at = 0; at < w.group_size * bits / 8; at += 64) prefetch(row[r] + begin * bits / 8 + at + ahead);
     __m512 sums[rows];
     for (int r = 0; r < rows; ++r) sums[r] = _mm512_setzero_ps();
     for (int64_t k = begin; k < begin + w.group_size; k += 16) {
       const __m512 values = _mm512_loadu_ps(x + k);
       for (int r = 0; r < rows; ++r)
-        sums[r] = Lookup<bits>::add(row[r].low + k * width / 8, bits == 3 ? row[r].high + k / 8 : nullptr, table[r], values,
-                                    sums[r]);
+        sums[r] = Lookup<bits>::add(row[r] + k * bits / 8, table[r], values, sums[r]);
     }
     for (int r = 0; r < rows; ++r)
       totals[r] = _mm512_fmadd_ps(sums[r], _mm512_set1_ps(products[r * stride + group]), totals[r]);
@@ -397,11 +375,10 @@ inline void transpose(__m512 r[16]) {
 // 16 rows of the weight as floats, scales included: out [padded, 16]; rows past `count` are zeros.
 template <int bits>
 inline void decode_panel(const Weight& w, int64_t first, int64_t count, float* out) {
-  Row row[16];
+  const uint8_t* row[16];
   __m512 table[16];
-  const int width = plane_width(bits, 0);
   for (int64_t r = 0; r < count; ++r) {
-    row[r] = row_of<bits>(w, first + r);
+    row[r] = row_codes(w, first + r);
     table[r] = table_of<bits>(w, first + r);
   }
   const __m512 one = _mm512_set1_ps(1.0f);
@@ -413,8 +390,7 @@ inline void decode_panel(const Weight& w, int64_t first, int64_t count, float* o
       if (r >= count) continue;
       const int64_t n = first + r;
       const __m512 scale = _mm512_set1_ps(w.scales[n * w.groups + group]), zero = _mm512_set1_ps(w.zero(n, group));
-      const __m512 codes = Lookup<bits>::add(row[r].low + k * width / 8, bits == 3 ? row[r].high + k / 8 : nullptr,
-                                             table[r], one, _mm512_setzero_ps());
+      const __m512 codes = Lookup<bits>::add(row[r] + k * bits / 8, table[r], one, _mm512_setzero_ps());
       values[r] = _mm512_mul_ps(_mm512_sub_ps(codes, zero), scale);
     }
     transpose(values);
@@ -489,32 +465,102 @@ bool runs(const Weight& w) {
 
 bool runs_signs(const Weight& w) { return w.group_size % 64 == 0; }
 
+// How many of the bits of 64 `words` words differ.
+inline __m512i different(const uint8_t* row, const uint64_t* x, int64_t words) {
+  __m512i counts = _mm512_setzero_si512();
+  int64_t at = 0;
+  for (; at + 8 <= words; at += 8) {
+    const __m512i differ = _mm512_xor_si512(_mm512_loadu_si512(row + 8 * at), _mm512_loadu_si512(x + at));
+    counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(differ));
+  }
+  if (at < words) {
+    const __mmask8 part = static_cast<__mmask8>((1u << (words - at)) - 1);
+    const __m512i differ =
+        _mm512_xor_si512(_mm512_maskz_loadu_epi64(part, row + 8 * at), _mm512_maskz_loadu_epi64(part, x + at));
+    counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(differ));
+  }
+  return counts;
+}
+
+// Eight rows of one group each at a time: their counts are summed up together.
+inline void signs_rows(const Weight& w, const uint64_t* x, float size, int64_t n, float* y) {
+  const int64_t words = w.padded() / 64, bytes = row_bytes(w);
+  const uint8_t* row = row_codes(w, n);
+  __m512i c[8], t[8];
+  for (int r = 0; r < 8; ++r) {
+    for (int64_t at = 0; at < bytes; at += 64) prefetch(row + (r + 16) * bytes + at);
+    c[r] = different(row + r * bytes, x, words);
+  }
+  for (int r = 0; r < 8; r += 2) {
+    t[r] = _mm512_unpacklo_epi64(c[r], c[r + 1]);
+    t[r + 1] = _mm512_unpackhi_epi64(c[r], c[r + 1]);
+  }
+  for (int r = 0; r < 4; ++r) c[r] = _mm512_add_epi64(t[2 * r], t[2 * r + 1]);  // two rows in turns, four times
+  const __m512i low = _mm512_add_epi64(_mm512_shuffle_i64x2(c[0], c[1], 0x88), _mm512_shuffle_i64x2(c[0], c[1], 0xdd));
+  const __m512i high = _mm512_add_epi64(_mm512_shuffle_i64x2(c[2], c[3], 0x88), _mm512_shuffle_i64x2(c[2], c[3], 0xdd));
+  const __m512i sums = _mm512_add_epi64(_mm512_shuffle_i64x2(low, high, 0x88), _mm512_shuffle_i64x2(low, high, 0xdd));
+  const __m256 counts = _mm256_cvtepi32_ps(_mm512_cvtepi64_epi32(sums));
+  const __m256 dot = _mm256_fnmadd_ps(_mm256_set1_ps(2.0f), counts, _mm256_set1_ps(static_cast<float>(w.columns)));
+  _mm256_storeu_ps(y, _mm256_mul_ps(_mm256_mul_ps(dot, _mm256_loadu_ps(w.scales + n)), _mm256_set1_ps(size)));
+}
+
 void multiply_signs(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
   const int64_t words = w.padded() / 64, inner = w.group_size / 64;
   const int64_t filled = w.padded() - w.columns;  // columns past K: both sides hold zeros there, which count as equal
-  for (int64_t n = begin; n < end; ++n) {
-    const uint8_t* row = plane_row(w, 0, n);
-    const float* scales = w.scales + n * w.groups;
+  for (int64_t n = begin; n < end;) {
+    const bool eight = w.groups == 1 && n + 8 <= end;
     for (int64_t m = 0; m < a.count; ++m) {
       const uint64_t* x = a.signs + m * (a.padded / 64);
+      if (eight) {
+        signs_rows(w, x, a.sizes[m], n, y + m * ldy + n);
+        continue;
+      }
       float total = 0;
       for (int64_t group = 0; group < w.groups; ++group) {
-        const int64_t begin_word = group * inner, end_word = std::min(begin_word + inner, words);
-        __m512i counts = _mm512_setzero_si512();
-        for (int64_t at = begin_word; at < end_word; at += 8) {
-          const __mmask8 part = end_word - at >= 8 ? 0xff : static_cast<__mmask8>((1u << (end_word - at)) - 1);
-          prefetch(row + 8 * at + 4 * 8 * words);
-          const __m512i differ = _mm512_xor_si512(_mm512_maskz_loadu_epi64(part, row + 8 * at),
-                                                  _mm512_maskz_loadu_epi64(part, x + at));
-          counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(differ));
-        }
-        const int64_t different = _mm512_reduce_add_epi64(counts);
+        const int64_t first = group * inner;
+        const __m512i counts = different(row_codes(w, n) + 8 * first, x + first, std::min(inner, words - first));
         const int64_t valid = w.group_size - (group + 1 == w.groups ? filled : 0);
-        total += scales[group] * static_cast<float>(valid - 2 * different);
+        total += w.scales[n * w.groups + group] * static_cast<float>(valid - 2 * _mm512_reduce_add_epi64(counts));
       }
       y[m * ldy + n] = total * a.sizes[m];
     }
+    n += eight ? 8 : 1;
   }
+}
+
+// The signs of a row of activations, a bit for each, and their mean magnitude.
+void read_signs(const float* x, int64_t columns, uint64_t* signs, float* size) {
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+  uint16_t* words = reinterpret_cast<uint16_t*>(signs);
+  for (int64_t k = 0; k < columns; k += 16) {
+    const __mmask16 part = columns - k >= 16 ? 0xffff : static_cast<__mmask16>((1u << (columns - k)) - 1);
+    const __m512 values = _mm512_maskz_loadu_ps(part, x + k), sizes = _mm512_abs_ps(values);
+    words[k / 16] = _mm512_mask_cmp_ps_mask(part, values, _mm512_setzero_ps(), _CMP_GE_OQ);
+    low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(sizes)));
+    high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(sizes, 1)));
+  }
+  *size = static_cast<float>(_mm512_reduce_add_pd(_mm512_add_pd(low, high)) / static_cast<double>(columns));
+}
+
+// Codes of 8 bits for a group of activations, their scale, and the sum of what they stand for; rounds half to even.
+void quantize_group(const float* x, int64_t size, int8_t* codes, float* scale, float* sum) {
+  __m512 largest = _mm512_setzero_ps();
+  for (int64_t k = 0; k < size; k += 16) {
+    const __mmask16 part = size - k >= 16 ? 0xffff : static_cast<__mmask16>((1u << (size - k)) - 1);
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(part, x + k)));
+  }
+  const float reach = _mm512_reduce_max_ps(largest), step = reach > 0 ? reach / 127.0f : 1.0f;
+  const __m512 inverse = _mm512_set1_ps(1.0f / step);
+  __m512i total = _mm512_setzero_si512();
+  for (int64_t k = 0; k < size; k += 16) {
+    const __mmask16 part = size - k >= 16 ? 0xffff : static_cast<__mmask16>((1u << (size - k)) - 1);
+    __m512i found = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(part, x + k), inverse));
+    found = _mm512_max_epi32(_mm512_min_epi32(found, _mm512_set1_epi32(127)), _mm512_set1_epi32(-127));
+    total = _mm512_add_epi32(total, found);
+    _mm512_mask_cvtepi32_storeu_epi8(codes + k, part, found);
+  }
+  *scale = step;
+  *sum = step * static_cast<float>(_mm512_reduce_add_epi32(total));
 }
 
 }  // namespace avx512

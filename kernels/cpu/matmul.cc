@@ -13,21 +13,18 @@
 
 namespace qc {
 
-#define QC_KERNELS(name)                                                                                   \
-  namespace name {                                                                                         \
-  void multiply(const Weight&, const Activations&, int64_t, int64_t, float*, int64_t);                     \
-  void multiply_int8(const Weight&, const Activations&, int64_t, int64_t, float*, int64_t);                \
-  void multiply_signs(const Weight&, const Activations&, int64_t, int64_t, float*, int64_t);               \
-  }
-#define QC_QUANTIZE(name)                                                    \
-  namespace name {                                                           \
-  void quantize_group(const float*, int64_t, int8_t*, float*, float*);       \
+// What each instruction set has.
+#define QC_KERNELS(name)                                                                      \
+  namespace name {                                                                            \
+  void multiply(const Weight&, const Activations&, int64_t, int64_t, float*, int64_t);        \
+  void multiply_int8(const Weight&, const Activations&, int64_t, int64_t, float*, int64_t);   \
+  void multiply_signs(const Weight&, const Activations&, int64_t, int64_t, float*, int64_t);  \
+  void quantize_group(const float*, int64_t, int8_t*, float*, float*);                        \
+  void read_signs(const float*, int64_t, uint64_t*, float*);                                  \
   }
 QC_KERNELS(generic)
-QC_QUANTIZE(generic)
 #if defined(__x86_64__)
 QC_KERNELS(generic_avx2)
-QC_QUANTIZE(generic_avx2)
 QC_KERNELS(avx512)
 namespace avx512 {
 bool runs(const Weight&);
@@ -43,7 +40,7 @@ bool runs(const Weight&);
 int64_t tiled_bytes(int64_t, int64_t);
 void tile(const int8_t*, int64_t, int64_t, int8_t*);
 void turn(const float*, int64_t, int64_t, float*);
-void multiply(const Weight&, const int8_t*, const float*, const float*, int64_t, int64_t, int64_t, float*, int64_t);
+void multiply(const Weight&, const int8_t*, const float*, int64_t, int64_t, int64_t, float*, int64_t);
 }  // namespace amx
 #endif
 
@@ -80,10 +77,18 @@ Isa chosen() {
   return best;
 }
 
+// The function of that name for the instruction set in use.
+#if defined(__x86_64__)
+#define QC_BEST(name) \
+  (isa() >= Isa::kAvx512 ? avx512::name : isa() >= Isa::kAvx2 ? generic_avx2::name : generic::name)
+#else
+#define QC_BEST(name) generic::name
+#endif
+
 // What activations become, and the memory that it lies in.
 struct Prepared {
   Activations view{};
-  std::vector<float> values, sums, scales, sizes, turned_scales, turned_sums;
+  std::vector<float> values, sums, scales, sizes, turned_scales;
   std::vector<int8_t> codes, dealt, tiles;
   std::vector<uint64_t> signs;
 };
@@ -112,11 +117,7 @@ void prepare_codes(const Weight& w, const float* a, int64_t count, const Paralle
   out.codes.assign(count * view.padded, 0);
   out.scales.resize(count * w.groups);
   out.sums.resize(count * w.groups);
-#if defined(__x86_64__)
-  const auto quantize = isa() >= Isa::kAvx2 ? generic_avx2::quantize_group : generic::quantize_group;
-#else
-  const auto quantize = generic::quantize_group;
-#endif
+  const auto quantize = QC_BEST(quantize_group);
   parallel(count, [&](int64_t m) {
     for (int64_t g = 0; g < w.groups; ++g) {
       const int64_t first = g * w.group_size, size = std::min(w.group_size, w.columns - first), place = m * w.groups + g;
@@ -144,15 +145,8 @@ void prepare_signs(const Weight& w, const float* a, int64_t count, const Paralle
   const int64_t words = out.view.padded / 64;
   out.signs.assign(count * words, 0);
   out.sizes.resize(count);
-  parallel(count, [&](int64_t m) {
-    const float* row = a + m * w.columns;
-    double total = 0;
-    for (int64_t k = 0; k < w.columns; ++k) {
-      total += std::fabs(row[k]);
-      out.signs[m * words + k / 64] |= static_cast<uint64_t>(row[k] >= 0) << (k % 64);
-    }
-    out.sizes[m] = static_cast<float>(total / static_cast<double>(w.columns));
-  });
+  const auto read = QC_BEST(read_signs);
+  parallel(count, [&](int64_t m) { read(a + m * w.columns, w.columns, out.signs.data() + m * words, &out.sizes[m]); });
   out.view.signs = out.signs.data();
   out.view.sizes = out.sizes.data();
 }
@@ -213,13 +207,11 @@ void matmul(const Weight& w, const float* a, int64_t count, const float* bias, b
     const int64_t width = rounded_up(count, 16), blocks = width / 16;
     prepared.tiles.resize(amx::tiled_bytes(count, view.padded));
     prepared.turned_scales.resize(w.groups * width);
-    prepared.turned_sums.resize(w.groups * width);
     parallel(blocks, [&](int64_t block) {
       amx::tile(view.codes + block * 16 * view.padded, std::min<int64_t>(16, count - block * 16), view.padded,
                 prepared.tiles.data() + block * 16 * view.padded);
     });
     amx::turn(view.scales, count, w.groups, prepared.turned_scales.data());
-    amx::turn(view.sums, count, w.groups, prepared.turned_sums.data());
   } else if (int8 && isa() >= Isa::kAvx512 && avx512::runs(w) && avx512::deals(w)) {
     prepare_dealt(w, count, parallel, prepared);
   }
@@ -229,8 +221,7 @@ void matmul(const Weight& w, const float* a, int64_t count, const float* bias, b
     const int64_t begin = task * kRows, end = std::min(begin + kRows, w.rows);
 #if defined(__x86_64__)
     if (tiled)
-      amx::multiply(w, prepared.tiles.data(), prepared.turned_scales.data(), prepared.turned_sums.data(), count, begin,
-                    end, y, w.rows);
+      amx::multiply(w, prepared.tiles.data(), prepared.turned_scales.data(), count, begin, end, y, w.rows);
     else
 #endif
       multiply(w, prepared.view, begin, end, y, w.rows);

@@ -1,8 +1,8 @@
 // What the CPU kernels read: a weight in the layout that lies on disk, and activations made ready for it.
 //
 // The layouts are those of kernels/python/schemas.py and qcompiler/numerics/packing.py: a row of a weight is G groups of
-// g columns; its codes lie in planes of 1, 2, 4 or 8 bits a code, low bits first. Columns past K count for nothing,
-// since activations are filled up with zeros.
+// g columns; its codes are a stream of bits, low bits first. Since eight codes are whole bytes and groups are multiples
+// of eight, the groups of a row make one stream. Columns past K count for nothing: activations are filled up with zeros.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ struct Weight {
   int64_t groups;            // G
   int64_t group_size;        // g
   int entry;                 // columns that a code stands for; 1 unless kind is kCodebook
-  const uint8_t* planes[2];  // [N, G, g / entry * width / 8]; the second one for 3 bits alone
+  const uint8_t* codes;      // [N, G, g / entry * bits / 8]
   const float* scales;       // [N, G]
   const uint8_t* zero_u8;    // [N, G] or [1], or null
   const float* zero_f32;     // the same, or null; both null where codes are no numbers
@@ -36,14 +36,9 @@ struct Weight {
   }
 };
 
-// Bits of a code that plane `plane` holds.
-constexpr int plane_width(int bits, int plane) { return bits == 3 ? (plane == 0 ? 2 : 1) : bits; }
-constexpr int plane_count(int bits) { return bits == 3 ? 2 : 1; }
-
-// Where the codes of a row begin in a plane.
-inline const uint8_t* plane_row(const Weight& w, int plane, int64_t row) {
-  return w.planes[plane] + row * (w.padded() / w.entry) * plane_width(w.bits, plane) / 8;
-}
+// Bytes of a row of codes, and where one begins.
+inline int64_t row_bytes(const Weight& w) { return w.padded() / w.entry * w.bits / 8; }
+inline const uint8_t* row_codes(const Weight& w, int64_t row) { return w.codes + row * row_bytes(w); }
 
 struct Activations {
   int64_t count;          // M

@@ -28,11 +28,10 @@ struct Contract {
   qc::Kind kind;
   int bits;
 
-  int planes() const { return qc::plane_count(bits); }
-  int codebook() const { return 1 + planes(); }
-  int starts() const { return 2 + planes(); }
-  int scales() const { return kind == qc::Kind::kCodebook ? 3 + planes() : 1 + planes(); }
-  int zero_points() const { return 2 + planes(); }
+  int codebook() const { return 2; }
+  int starts() const { return 3; }
+  int scales() const { return kind == qc::Kind::kCodebook ? 4 : 2; }
+  int zero_points() const { return 3; }
   int bias() const { return scales() + (kind == qc::Kind::kUniform ? 2 : 1); }
   int inputs() const { return bias() + 1; }
 };
@@ -186,16 +185,18 @@ class Kernel {
     }
   }
 
-  // The weight's sizes and planes.
+  // The weight's sizes and codes.
   qc::Weight weight(const Ort::KernelContext& context, int64_t columns) const {
-    const auto low = context.GetInput(1);
-    const auto planes = shape_of(low);
-    require(planes.size() == 3, "codes " + text(planes) + " are not [N, G, bytes]");
+    const auto codes = context.GetInput(1);
+    const auto shape = shape_of(codes);
+    require(shape.size() == 3, "codes " + text(shape) + " are not [N, G, bytes]");
+    require(shape[2] % contract_.bits == 0, std::to_string(shape[2]) + " bytes are no whole group of " +
+                                                std::to_string(contract_.bits) + "-bit codes");
     qc::Weight w{};
     w.kind = contract_.kind;
     w.bits = contract_.bits;
-    w.rows = planes[0];
-    w.groups = planes[1];
+    w.rows = shape[0];
+    w.groups = shape[1];
     w.columns = columns;
     w.entry = 1;
     if (contract_.kind == qc::Kind::kCodebook) {
@@ -203,18 +204,11 @@ class Kernel {
       require(table.size() == 2 && table[1] >= 1, "codebook " + text(table) + " is not [entries, columns]");
       w.entry = static_cast<int>(table[1]);
     }
-    w.group_size = planes[2] * 8 / qc::plane_width(w.bits, 0) * w.entry;
+    w.group_size = shape[2] / w.bits * 8 * w.entry;
     const int64_t groups = w.group_size ? (columns + w.group_size - 1) / w.group_size : 0;
     require(groups == w.groups, std::to_string(w.groups) + " groups of " + std::to_string(w.group_size) +
                                     " columns do not make up K = " + std::to_string(columns));
-    w.planes[0] = low.GetTensorData<uint8_t>();
-    if (contract_.planes() == 2) {
-      const auto high = context.GetInput(2);
-      const auto found = shape_of(high);
-      require(found.size() == 3 && found[0] == w.rows && found[1] == w.groups && found[2] * 2 == planes[2],
-              "the high bits " + text(found) + " do not fit the low ones " + text(planes));
-      w.planes[1] = high.GetTensorData<uint8_t>();
-    }
+    w.codes = codes.GetTensorData<uint8_t>();
     return w;
   }
 
@@ -265,7 +259,7 @@ struct Operator : Ort::CustomOpBase<Operator, Kernel, true> {
   size_t GetInputTypeCount() const { return contract_.inputs(); }
   Element GetInputType(size_t index) const {
     const int at = static_cast<int>(index);
-    if (at >= 1 && at <= contract_.planes()) return kByte;
+    if (at == 1) return kByte;
     if (contract_.kind == qc::Kind::kCodebook && at == contract_.starts()) return kInt;
     if (contract_.kind == qc::Kind::kUniform && at == contract_.zero_points()) return zeros_;
     return floats_;

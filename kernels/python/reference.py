@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qcompiler.kernels.schemas import operator
-from qcompiler.numerics.packing import PLANES, unpack_planes
+from qcompiler.numerics.packing import unpack_stream
 
 __all__ = ["decoded_weight", "quantized_rows", "run"]
 
@@ -30,19 +30,18 @@ def run(name: str, inputs: Sequence[np.ndarray], *, accuracy_level: int = 0) -> 
     if name == "MatMulSigns":
         rows = np.where(rows >= 0, 1.0, -1.0) * np.abs(rows).mean(-1, keepdims=True)
     elif accuracy_level == 4:
-        rows = quantized_rows(rows, inputs[1].shape[2] * (8 // PLANES[operator(name).bits][0]))
+        rows = quantized_rows(rows, inputs[1].shape[2] * 8 // operator(name).bits)
     return np.asarray((rows @ weight.T + bias).astype(activations.dtype))
 
 
 def decoded_weight(name: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
     """The weight float64 ``[N, K]`` that the inputs of an operator stand for."""
     contract = operator(name)
-    columns, planes = inputs[0].shape[-1], inputs[1 : 1 + len(PLANES[contract.bits])]
-    stored = planes[0].shape[1] * planes[0].shape[2] * (8 // PLANES[contract.bits][0])
-    codes = unpack_planes(planes, contract.bits, stored)
+    columns, stream = inputs[0].shape[-1], inputs[1]
+    codes = unpack_stream(stream, contract.bits, stream[0].size * 8 // contract.bits)
     scales = _scales(name, inputs).astype(np.float64)  # [N, G, 1]
     if "codebook" in name.lower():
-        codebook, starts = inputs[len(planes) + 1], inputs[len(planes) + 2]
+        codebook, starts = inputs[2], inputs[3]
         values = codebook[codes + starts[..., 0]].astype(np.float64)  # [N, codes, d]
     elif name == "MatMulSigns":
         values = 2.0 * codes - 1

@@ -5,11 +5,11 @@ All of them multiply activations by a weight that is stored in few bits, ``Y = A
     A ``[.., K]``   W ``[N, K]``   bias ``[N]`` or ``[1]``   Y ``[.., N]``
 
 A row of W lies in G groups of g columns, the last of which may be filled up: what is stored past column K is not read.
-Codes lie in planes (see `numerics.packing.pack_planes`): uint8 ``[N, G, g * width / 8]``.
+The codes of a group are a stream of bits (see `numerics.packing.pack_stream`): B is uint8 ``[N, G, g * bits / 8]``.
 
     MatMul1Bit     W = (code - zero) * scale, code 0 or 1; zero 0.5 makes it plus and minus half a scale
     MatMul2Bits    the same with codes of 2 bits; ternary weights are codes 1, 2, 3 with zero 2
-    MatMul3Bits    the same with codes of 3 bits, in two planes
+    MatMul3Bits    the same with codes of 3 bits
     MatMul4Bits    the same with codes of 4 bits
     MatMulCodebook8, MatMulCodebook16, MatMulCodebook256
                    W = codebook[start + code] * scale, each code standing for d columns
@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qcompiler.errors import KernelError
-from qcompiler.numerics.packing import PLANES
 
 if TYPE_CHECKING:
     import onnx
@@ -64,7 +63,7 @@ class Operator:
 
     Attributes:
         name: Its type in a graph.
-        bits: Width of a code; PLANES says in how many inputs the codes lie.
+        bits: Width of a code.
         inputs: All are always there.
         output: The product.
         attributes: Integers, with their defaults.
@@ -88,15 +87,7 @@ _SCALES = Operand("scales", ("T",), "[N, G, 1]", "of each group")
 _ZEROS = Operand("zero_points", ("uint8", "T"), "[N, G, 1] or [1, 1, 1]", "the code that means zero")
 
 
-def _codes(bits: int) -> tuple[Operand, ...]:
-    widths = PLANES[bits]
-    names = ("B",) if len(widths) == 1 else ("B_low", "B_high")
-    return tuple(
-        Operand(
-            name, ("uint8",), f"[N, G, g * {width} / 8]" if width < 8 else "[N, G, g]", f"{width} bits of each code"
-        )
-        for name, width in zip(names, widths, strict=True)
-    )
+_CODES = Operand("B", ("uint8",), "[N, G, g * bits / 8]", "a stream of codes for each group")
 
 
 def _tail(activations: str = "A") -> str:
@@ -114,34 +105,36 @@ def _tail(activations: str = "A") -> str:
 
 
 def _decoding(bits: int) -> str:
-    """Text that makes `codes` uint8 [N, G, g] of the planes."""
-    lines = ["last = Constant <value_ints = [-1]> ()", "grouped = Constant <value_ints = [0, 0, -1]> ()"]
-    parts, shift = [], 0
-    for plane, width in zip(_codes(bits), PLANES[bits], strict=True):
-        name, lanes = plane.name, 8 // width
-        part = f"codes_{name}" if len(PLANES[bits]) > 1 else "codes"
-        if width == 8:
-            lines.append(f"{part} = Identity ({name})")
-        else:
-            places = ", ".join(str(lane * width) for lane in range(lanes))
-            lines += [
-                f"places_{name} = Constant <value = uint8[{lanes}] {{{places}}}> ()",
-                f"mask_{name} = Constant <value = uint8[1] {{{(1 << width) - 1}}}> ()",
-                f"wide_{name} = Unsqueeze ({name}, last)",
-                f'moved_{name} = BitShift <direction = "RIGHT"> (wide_{name}, places_{name})',
-                f"each_{name} = BitwiseAnd (moved_{name}, mask_{name})",
-                f"{part} = Reshape (each_{name}, grouped)",
-            ]
-        if shift:
-            lines += [
-                f"weight_{name} = Constant <value = uint8[1] {{{shift}}}> ()",
-                f'high_{name} = BitShift <direction = "LEFT"> ({part}, weight_{name})',
-            ]
-            part = f"high_{name}"
-        parts.append(part)
-        shift += width
-    if len(parts) > 1:
-        lines.append(f"codes = BitwiseOr ({', '.join(parts)})")
+    """Text that makes `codes` uint8 [N, G, g] of the streams."""
+    shape = "grouped = Constant <value_ints = [0, 0, -1]> ()"
+    if bits == 8:
+        return f"{shape}\n    codes = Identity (B)"
+    kind, width = ("uint32", 24) if bits == 3 else ("uint8", 8)
+    places = ", ".join(str(place) for place in range(0, width, bits))
+    lines = [
+        shape,
+        "last = Constant <value_ints = [-1]> ()",
+        f"places = Constant <value = {kind}[{width // bits}] {{{places}}}> ()",
+        f"mask = Constant <value = {kind}[1] {{{(1 << bits) - 1}}}> ()",
+    ]
+    words = "B"
+    if bits == 3:  # eight codes in three bytes
+        lines += [
+            "threes = Constant <value_ints = [0, 0, -1, 3]> ()",
+            "sizes = Constant <value = int32[3] {1, 256, 65536}> ()",
+            "bytes = Reshape (B, threes)",
+            "numbers = Cast <to = 6> (bytes)",
+            "sized = Mul (numbers, sizes)",
+            "sums = ReduceSum <keepdims = 0> (sized, last)",
+            "words = Cast <to = 12> (sums)",
+        ]
+        words = "words"
+    lines += [
+        f"wide = Unsqueeze ({words}, last)",
+        'moved = BitShift <direction = "RIGHT"> (wide, places)',
+        "each = BitwiseAnd (moved, mask)",
+        "codes = Reshape (each, grouped)",
+    ]
     return "\n    ".join(lines)
 
 
@@ -154,7 +147,7 @@ def _uniform(bits: int) -> Operator:
     centred = Sub (values, zeros)
     groups = Mul (centred, scales){_tail()}"""
     doc = f"Y = A W^T + bias with W = (code - zero point) * scale, {bits} bits a code."
-    inputs = (Operand("A", _FLOATS, "[.., K]", "activations"), *_codes(bits), _SCALES, _ZEROS, _BIAS)
+    inputs = (Operand("A", _FLOATS, "[.., K]", "activations"), _CODES, _SCALES, _ZEROS, _BIAS)
     name = f"MatMul{bits}Bit" + ("s" if bits > 1 else "")
     return Operator(name, bits, inputs, _OUTPUT, {"accuracy_level": 0}, doc, body)
 
@@ -163,15 +156,15 @@ def _codebook(bits: int) -> Operator:
     """Codes that stand for entries of a table."""
     body = f"""
     {_decoding(bits)}
-    numbers = Cast <to = 6> (codes)
-    entries = Add (numbers, starts)
+    indices = Cast <to = 6> (codes)
+    entries = Add (indices, starts)
     vectors = Gather <axis = 0> (codebook, entries)
     values = Reshape (vectors, grouped)
     groups = Mul (values, scales){_tail()}"""
     doc = f"Y = A W^T + bias with W = codebook[start + code] * scale, {1 << bits} entries in a table."
     inputs = (
         Operand("A", _FLOATS, "[.., K]", "activations"),
-        *_codes(bits),
+        _CODES,
         Operand("codebook", ("T",), f"[C * {1 << bits}, d]", "C tables, d columns for each entry: 1, 2 or 4"),
         Operand("starts", ("int32",), "[N, 1, 1] or [1, 1, 1]", "the first entry of the table of each row"),
         _SCALES,
@@ -195,7 +188,7 @@ def _signs() -> Operator:
     size = ReduceMean <keepdims = 1> (magnitudes, axes)
     reverse = Neg (size)
     signs = Where (positive, size, reverse){_tail("signs")}"""
-    inputs = (Operand("A", _FLOATS, "[.., K]", "activations"), *_codes(1), _SCALES, _BIAS)
+    inputs = (Operand("A", _FLOATS, "[.., K]", "activations"), _CODES, _SCALES, _BIAS)
     doc = "Y = mean|A| * sign(A) W^T + bias with W = +scale where a bit is set and -scale elsewhere; sign(0) = 1."
     return Operator("MatMulSigns", 1, inputs, _OUTPUT, {}, doc, body)
 

@@ -50,8 +50,7 @@ class WeightSpec:
         reduced: With `symmetric`: use half of the codes, so that pairs of 8-bit products fit 16 bits on processors
             that add them there (x86 before VNNI).
         fp8: Codes are the bits of 8-bit floats (E4M3) in the place of integers.
-        planes: Codes are stored in just as many bits, in planes, and zero points in bytes: the form of our own
-            operators.
+        stream: Codes are stored in just as many bits, and zero points in bytes: the form of our own operators.
     """
 
     bits: int
@@ -62,7 +61,7 @@ class WeightSpec:
     head_size: int = 0
     reduced: bool = False
     fp8: bool = False
-    planes: bool = False
+    stream: bool = False
 
     @property
     def format(self) -> IntFormat:
@@ -83,7 +82,7 @@ class WeightSpec:
 
     def stored_bits(self, columns: int) -> float:
         """Bits per weight with scales and zero points included, as they lie in the file."""
-        width, zero = (self.bits, 8) if self.planes else (self.format.container, self.format.container)
+        width, zero = (self.bits, 8) if self.stream else (self.format.container, self.format.container)
         scale_bits = 8 * storage_dtype(self.scale_dtype).itemsize + (0 if self.symmetric else zero)
         return width + self.groups(columns) * scale_bits / columns
 

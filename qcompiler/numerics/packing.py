@@ -16,30 +16,25 @@ middle of the container for zero, 8 at 4 bits: see `centred`.
 DequantizeLinear reads integer tensors: codes ``[K, N]`` for a MatMul, unsigned with zero points or signed without. ONNX
 packs integers below a byte in row-major order, low bits first; a row may begin within a byte.
 
-The operators of `qcompiler.kernels` read planes: each group's codes, low bits first, 1, 2 or 4 bits a code. 3-bit codes
-lie in two planes, the two low bits of each and the high one, so that no code straddles bytes: see `pack_planes`.
+The operators of `qcompiler.kernels` read a stream of bits for each group, just as many as its codes have: see
+`pack_stream`.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 
 from qcompiler.numerics.formats import int_format
 
 __all__ = [
-    "PLANES",
     "centred",
     "integer_codes",
     "pack_codes",
     "pack_matmul_nbits",
-    "pack_planes",
+    "pack_stream",
     "transpose_packed",
     "unpack_codes",
-    "unpack_planes",
+    "unpack_stream",
 ]
 
-# Bits of a code in each plane, from the lowest on.
-PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 # Columns that `transpose_packed` turns at a time: whole bytes at any width, and few enough to stay in the cache.
 _COLUMNS = 128
 
@@ -172,50 +167,47 @@ def transpose_packed(packed: np.ndarray, bits: int, columns: int, *, signed: boo
     return result
 
 
-def pack_planes(codes: np.ndarray, bits: int, group_size: int) -> list[np.ndarray]:
+def pack_stream(codes: np.ndarray, bits: int, group_size: int) -> np.ndarray:
     """Lay codes out as the operators of `qcompiler.kernels` read them.
+
+    Bit b of code k of a group is bit ``k * bits + b`` of its bytes, counted from the low end of the first one. Eight
+    codes take `bits` whole bytes.
 
     Args:
         codes: uint8 ``[N, K]`` with values below ``2**bits``.
-        bits: A width that `PLANES` has.
-        group_size: Columns of a group, a multiple of 8; a ragged last group is filled up with zeros.
+        bits: 1 to 8.
+        group_size: Codes of a group, a multiple of 8; a ragged last group is filled up with zeros.
 
     Returns:
-        For each plane uint8 ``[N, G, group_size * width / 8]``, its codes one after the other, low bits first.
+        uint8 ``[N, G, group_size * bits / 8]``.
     """
     ragged = -codes.shape[1] % group_size
-    grouped = np.pad(codes, ((0, 0), (0, ragged))).reshape(len(codes), -1, group_size)  # [N, G, group_size]
-    planes, shift = [], 0
-    for width in PLANES[bits]:
-        plane = (grouped >> shift) & np.uint8((1 << width) - 1)
-        lanes = 8 // width
-        packed = np.zeros((*plane.shape[:2], group_size // lanes), np.uint8)
-        for lane in range(lanes):
-            packed |= plane[..., lane::lanes] << (lane * width)
-        planes.append(packed)
-        shift += width
-    return planes
+    eights = np.pad(codes, ((0, 0), (0, ragged))).reshape(len(codes), -1, 8)  # [N, K / 8, 8]
+    words = np.zeros(eights.shape[:2], np.uint64)
+    for place in range(8):
+        words |= eights[..., place].astype(np.uint64) << np.uint64(place * bits)
+    stream = np.empty((*words.shape, bits), np.uint8)
+    for byte in range(bits):
+        stream[..., byte] = words >> np.uint64(8 * byte)  # the low 8 bits are kept
+    return stream.reshape(len(codes), -1, group_size * bits // 8)
 
 
-def unpack_planes(planes: Sequence[np.ndarray], bits: int, columns: int) -> np.ndarray:
-    """Reverse `pack_planes`.
+def unpack_stream(stream: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """Reverse `pack_stream`.
 
     Args:
-        planes: What it returned.
+        stream: What it returned.
         bits: The width of a code.
         columns: K.
 
     Returns:
         uint8 ``[N, K]``.
     """
-    total, shift = None, 0
-    for packed, width in zip(planes, PLANES[bits], strict=True):
-        lanes = 8 // width
-        plane = np.empty((*packed.shape[:2], packed.shape[2] * lanes), np.uint8)
-        for lane in range(lanes):
-            np.bitwise_and(packed >> (lane * width), (1 << width) - 1, out=plane[..., lane::lanes])
-        plane <<= shift
-        total = plane if total is None else total | plane
-        shift += width
-    assert total is not None
-    return np.asarray(total.reshape(len(total), -1)[:, :columns])
+    eights = stream.reshape(len(stream), -1, bits)
+    words = np.zeros(eights.shape[:2], np.uint64)
+    for byte in range(bits):
+        words |= eights[..., byte].astype(np.uint64) << np.uint64(8 * byte)
+    codes = np.empty((*words.shape, 8), np.uint8)
+    for place in range(8):
+        codes[..., place] = (words >> np.uint64(place * bits)) & np.uint64((1 << bits) - 1)
+    return codes.reshape(len(stream), -1)[:, :columns]

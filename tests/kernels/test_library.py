@@ -17,6 +17,7 @@ from qcompiler.errors import KernelError
 from qcompiler.kernels import build, headers, reference
 from qcompiler.kernels import library as libraries
 from qcompiler.kernels.schemas import OPERATORS
+from qcompiler.numerics.packing import pack_stream
 from qcompiler.session import OrtRunner
 from qcompiler.sites import find_sites
 from tests.kernel_cases import make_inputs, model_of
@@ -65,16 +66,10 @@ def test_float16_numbers_of_every_kind(library):
     inputs[0] = np.pad(values, ((0, 0), (0, 15)))
     codes = np.zeros((1, 16), np.uint8)
     codes[0, 0] = 9
-    inputs[1:] = [libraries_planes(codes), np.ones((1, 1, 1), np.float16), np.full((1, 1, 1), 8, np.uint8),
+    inputs[1:] = [pack_stream(codes, 4, 16), np.ones((1, 1, 1), np.float16), np.full((1, 1, 1), 8, np.uint8),
                   np.zeros(1, np.float16)]  # fmt: skip
     found = run("MatMul4Bits", inputs, library)
     np.testing.assert_array_equal(found, values)
-
-
-def libraries_planes(codes):
-    from qcompiler.numerics.packing import pack_planes
-
-    return pack_planes(codes, 4, 16)[0]
 
 
 def test_signatures_are_those_of_the_contracts(library):
@@ -116,8 +111,9 @@ def test_no_rows_at_all(library):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"B_high": (24, 5, 3)}, r"the high bits \[24, 5, 3\] do not fit the low ones \[24, 5, 8\]"),
-        ({"B_low": (24, 4, 8), "B_high": (24, 4, 4)}, "4 groups of 32 columns do not make up K = 136"),
+        ({"B": (24, 60)}, r"codes \[24, 60\] are not \[N, G, bytes\]"),
+        ({"B": (24, 5, 13)}, "13 bytes are no whole group of 3-bit codes"),
+        ({"B": (24, 4, 12)}, "4 groups of 32 columns do not make up K = 136"),
         ({"scales": (24, 4, 1)}, "scales are not one for each group"),
         ({"zero_points": (24, 1, 1)}, "zero_points are neither one nor one for each group"),
         ({"bias": (23,)}, r"bias is neither \[N\] nor \[1\]"),
@@ -134,7 +130,7 @@ def test_what_does_not_fit_is_an_error_with_the_number(library, change, problem)
 
 def test_a_table_that_is_not_there_is_an_error(library):
     inputs = make_inputs("MatMulCodebook16")
-    inputs[3] = np.full((1, 1, 1), 17, np.int32)
+    inputs[3] = np.full((1, 1, 1), 17, np.int32)  # starts
     with pytest.raises(KernelError, match="a table begins at entry 17 of 32"):
         run("MatMulCodebook16", inputs, library)
 

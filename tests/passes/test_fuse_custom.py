@@ -83,7 +83,7 @@ def test_sites_that_share_a_weight_share_its_codes():
     model = parse(text, {"w": normal((64, 64), 0)})
     compiled(model)
     first, second = (node for node in model.graph if node.op_type == "MatMul3Bits")
-    assert [*first.inputs[1:5]] == [*second.inputs[1:5]]
+    assert [*first.inputs[1:4]] == [*second.inputs[1:4]]
 
 
 def test_a_bias_that_does_not_fit_is_added_behind():
