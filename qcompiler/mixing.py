@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
-from qcompiler.graph import Site
+from qcompiler.graph import EXTERNAL_BYTES, SCHEME_KEY, Site
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.allocation import Choice
 from qcompiler.numerics.formats import int_format
@@ -21,8 +21,11 @@ UNITS = ("site", "head", "reading", "layer")
 # Group sizes by width. Smaller ones than these take as much as a wider format of larger groups, and lose more; so do
 # 3-bit codes where they are stored in 4 bits.
 _LADDER = {2: (16, 32, 64, 128, 256), 3: (32, 64, 128, 256), 4: (32, 64, 128, 256), 8: (64, 128, 256)}
-# What a file says about one constant beside its values: name, shape, type and place.
-_CONSTANT_BYTES = 200
+# What a file says about one constant beside its values and its name, which it says three times: shape and type, twice,
+# and in the second case where it lies in the file of external data.
+_CONSTANT_BYTES = (75, 185)
+# What a lowered node says beyond what it says now and the names of its constants: attributes, domain, who made it.
+_NODE_BYTES = 95
 _FIRST_NUMBER = re.compile(r".*?\d+")
 
 
@@ -166,19 +169,23 @@ def layer_of(name: str) -> str:
 
 def fixed_bytes(model: ir.Model, sites: Sequence[Site], config: CompileConfig) -> int:
     """Bytes that the files will take beside the weights of these sites: other constants, nodes, names and metadata."""
-    mine = {site.weight for site in sites}
-    total = 3 * _CONSTANT_BYTES * len(mine)  # codes, scales and zero points
+    mine, total = {site.weight for site in sites}, 0
+    each = _CONSTANT_BYTES[(config.max_size or 0) > EXTERNAL_BYTES]
     for site in assigned_sites(model):
         if site.weight not in mine:
             mine.add(site.weight)
-            total += form_bytes(site, site_spec(site, config), config) + 3 * _CONSTANT_BYTES
+            total += form_bytes(site, site_spec(site, config), config)
+    # Codes, scales and zero points are called by their weight's name and up to 12 letters.
+    total += sum(3 * (each + 3 * (len(weight.name or "") + 9)) for weight in mine)
+    total += _NODE_BYTES * sum(SCHEME_KEY in node.metadata_props for node in model.graph.all_nodes())
     for graph in model.graphs():
         kept = {
             id(v.const_value): v for v in graph.initializers.values() if v not in mine and v.const_value is not None
         }
         for value in kept.values():
             halved = config.float16 and value.dtype == ir.DataType.FLOAT
-            total += (value.const_value.nbytes // (2 if halved else 1) if value.const_value else 0) + _CONSTANT_BYTES
+            total += (value.const_value.nbytes // (2 if halved else 1) if value.const_value else 0) + each
+            total += 3 * len(value.name or "")
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         described = [value for value in node.outputs if value.type is not None or value.shape is not None]
         total += ir.serde.serialize_node(node).ByteSize() + sum(
