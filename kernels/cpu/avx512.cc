@@ -465,31 +465,34 @@ bool runs(const Weight& w) {
 
 bool runs_signs(const Weight& w) { return w.group_size % 64 == 0; }
 
-// How many of the bits of 64 `words` words differ.
-inline __m512i different(const uint8_t* row, const uint64_t* x, int64_t words) {
+// How many of the first `columns` bits differ; what is stored behind them may be anything.
+inline __m512i different(const uint8_t* row, const uint64_t* x, int64_t columns) {
   __m512i counts = _mm512_setzero_si512();
-  int64_t at = 0;
-  for (; at + 8 <= words; at += 8) {
-    const __m512i differ = _mm512_xor_si512(_mm512_loadu_si512(row + 8 * at), _mm512_loadu_si512(x + at));
+  const int64_t whole = columns / 512, rest = columns % 512;
+  for (int64_t at = 0; at < whole; ++at) {
+    const __m512i differ = _mm512_xor_si512(_mm512_loadu_si512(row + 64 * at), _mm512_loadu_si512(x + 8 * at));
     counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(differ));
   }
-  if (at < words) {
-    const __mmask8 part = static_cast<__mmask8>((1u << (words - at)) - 1);
-    const __m512i differ =
-        _mm512_xor_si512(_mm512_maskz_loadu_epi64(part, row + 8 * at), _mm512_maskz_loadu_epi64(part, x + at));
-    counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(differ));
+  if (rest) {
+    const int64_t words = (rest + 63) / 64;
+    const __mmask8 part = static_cast<__mmask8>((1u << words) - 1), last = static_cast<__mmask8>(1u << (words - 1));
+    const uint64_t bits = rest % 64 ? (uint64_t{1} << rest % 64) - 1 : ~uint64_t{0};
+    const __m512i kept = _mm512_mask_set1_epi64(_mm512_set1_epi64(-1), last, static_cast<int64_t>(bits));
+    const __m512i differ = _mm512_xor_si512(_mm512_maskz_loadu_epi64(part, row + 64 * whole),
+                                            _mm512_maskz_loadu_epi64(part, x + 8 * whole));
+    counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(_mm512_and_si512(differ, kept)));
   }
   return counts;
 }
 
 // Eight rows of one group each at a time: their counts are summed up together.
 inline void signs_rows(const Weight& w, const uint64_t* x, float size, int64_t n, float* y) {
-  const int64_t words = w.padded() / 64, bytes = row_bytes(w);
+  const int64_t bytes = row_bytes(w);
   const uint8_t* row = row_codes(w, n);
   __m512i c[8], t[8];
   for (int r = 0; r < 8; ++r) {
     for (int64_t at = 0; at < bytes; at += 64) prefetch(row + (r + 16) * bytes + at);
-    c[r] = different(row + r * bytes, x, words);
+    c[r] = different(row + r * bytes, x, w.columns);
   }
   for (int r = 0; r < 8; r += 2) {
     t[r] = _mm512_unpacklo_epi64(c[r], c[r + 1]);
@@ -505,8 +508,6 @@ inline void signs_rows(const Weight& w, const uint64_t* x, float size, int64_t n
 }
 
 void multiply_signs(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
-  const int64_t words = w.padded() / 64, inner = w.group_size / 64;
-  const int64_t filled = w.padded() - w.columns;  // columns past K: both sides hold zeros there, which count as equal
   for (int64_t n = begin; n < end;) {
     const bool eight = w.groups == 1 && n + 8 <= end;
     for (int64_t m = 0; m < a.count; ++m) {
@@ -517,9 +518,8 @@ void multiply_signs(const Weight& w, const Activations& a, int64_t begin, int64_
       }
       float total = 0;
       for (int64_t group = 0; group < w.groups; ++group) {
-        const int64_t first = group * inner;
-        const __m512i counts = different(row_codes(w, n) + 8 * first, x + first, std::min(inner, words - first));
-        const int64_t valid = w.group_size - (group + 1 == w.groups ? filled : 0);
+        const int64_t first = group * w.group_size, valid = std::min(w.group_size, w.columns - first);
+        const __m512i counts = different(row_codes(w, n) + first / 8, x + first / 64, valid);
         total += w.scales[n * w.groups + group] * static_cast<float>(valid - 2 * _mm512_reduce_add_epi64(counts));
       }
       y[m * ldy + n] = total * a.sizes[m];

@@ -1,6 +1,6 @@
 """Build the library of operators from a checkout of the sources.
 
-    python -m qcompiler.kernels.build [--headers DIR] [--output FILE] [--sanitize address|thread]
+    python -m qcompiler.kernels.build [--headers DIR] [--output FILE]
 
 It takes a C++17 compiler and CMake. Headers of ONNX Runtime are those that are installed, those that --headers names,
 or are fetched. The library lies beside this file then, where `register` and wheels find it.
@@ -23,13 +23,12 @@ SOURCES = Path(__file__).parent.parent
 _LINES = 30  # of what a compiler says, from the first error on
 
 
-def build(output: Path = PLACE, headers: Path | None = None, sanitize: str = "") -> Path:
+def build(output: Path = PLACE, headers: Path | None = None) -> Path:
     """Build the library.
 
     Args:
         output: The file to make; its folder is created, and the file replaced in one step.
         headers: A folder with the headers of ONNX Runtime; None finds or fetches them.
-        sanitize: ``address`` or ``thread`` for a library with that sanitizer; empty for none.
 
     Returns:
         The file.
@@ -44,8 +43,7 @@ def build(output: Path = PLACE, headers: Path | None = None, sanitize: str = "")
     include = find_headers(headers, PLACE.parent / "headers")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        options = [f"-DQC_ORT_INCLUDE={include}", f"-DQC_SANITIZE={sanitize}"]
-        _run(["cmake", "-S", str(SOURCES), "-B", work, *options])
+        _run(["cmake", "-S", str(SOURCES), "-B", work, f"-DQC_ORT_INCLUDE={include}"])
         _run(["cmake", "--build", work, "--parallel"])
         draft = output.with_name(f".{output.name}.new")
         shutil.copy(Path(work) / FILE_NAME, draft)
@@ -67,14 +65,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--headers", type=Path, metavar="DIR", help="folder that holds onnxruntime_cxx_api.h")
     parser.add_argument("--output", type=Path, default=PLACE, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--sanitize", choices=("address", "thread"), default="", help="for tests of the library")
     args = parser.parse_args()
     try:
-        made = build(args.output, args.headers, args.sanitize)
+        made = build(args.output, args.headers)
     except KernelError as error:
         sys.exit(f"error: {error}")
-    kernels = "" if args.sanitize else f", {instruction_set(made)} kernels on this processor"
-    print(f"{made}: {made.stat().st_size / 1e3:.0f} kB{kernels}")
+    print(f"{made}: {made.stat().st_size / 1e3:.0f} kB, {instruction_set(made)} kernels on this processor")
 
 
 if __name__ == "__main__":
