@@ -67,11 +67,10 @@ def test_the_product_of_the_dequantized_weight(library, op, bias, scheme):  # no
 def test_codes_take_three_bits_and_zero_points_a_byte():
     model = linear_model(256, 24)
     compiled(model, "w3a16-g64-asym")
-    sizes = {
-        value.const_value.shape.numpy(): value.const_value.dtype.name for value in model.graph.initializers.values()
-    }
-    assert sizes == {
-        (24, 4, 16): "UINT8", (24, 4, 8): "UINT8", (24, 4, 1): sizes[24, 4, 1], (1,): "FLOAT",
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+    assert {name: (tensor.dtype.name, *tensor.shape.numpy()) for name, tensor in tensors.items()} == {
+        "w_codes": ("UINT8", 24, 4, 24), "w_scales": ("FLOAT", 24, 4, 1), "w_zero_points": ("UINT8", 24, 4, 1),
+        "w_bias": ("FLOAT", 1),
     }  # fmt: skip
     ctx = context(scheme="w3a16-g64-asym", custom_ops="always")
     site = the_site(quantized(linear_model(256, 24), ctx))
