@@ -17,7 +17,7 @@ from qcompiler.errors import KernelError
 from qcompiler.kernels.headers import find_headers
 from qcompiler.kernels.library import FILE_NAME, PLACE, instruction_set
 
-__all__ = ["build", "main"]
+__all__ = ["build", "find_cmake", "main"]
 
 SOURCES = Path(__file__).parent.parent
 _LINES = 30  # of what a compiler says, from the first error on
@@ -38,17 +38,24 @@ def build(output: Path = PLACE, headers: Path | None = None) -> Path:
     """
     if not (SOURCES / "CMakeLists.txt").is_file():
         raise KernelError("the sources of the operators are not part of the installed package; build in a checkout")
-    if shutil.which("cmake") is None:
-        raise KernelError("CMake is needed, and not installed; pip install cmake")
+    cmake = find_cmake()
     include = find_headers(headers, PLACE.parent / "headers")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as work:
-        _run(["cmake", "-S", str(SOURCES), "-B", work, f"-DQC_ORT_INCLUDE={include}"])
-        _run(["cmake", "--build", work, "--parallel"])
+        _run([cmake, "-S", str(SOURCES), "-B", work, f"-DQC_ORT_INCLUDE={include}"])
+        _run([cmake, "--build", work, "--parallel"])
         draft = output.with_name(f".{output.name}.new")
         shutil.copy(Path(work) / FILE_NAME, draft)
         draft.replace(output)
     return output
+
+
+def find_cmake() -> str:
+    """The program, on the path or installed beside this Python; raises KernelError."""
+    found = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
+    if found is None:
+        raise KernelError("CMake is needed, and not installed; pip install cmake")
+    return found
 
 
 def _run(command: list[str]) -> None:

@@ -174,7 +174,7 @@ def test_what_building_takes(monkeypatch, tmp_path):
     with pytest.raises(KernelError, match=f"holds no {headers.HEADER}"):
         build.build(tmp_path / "x.so", headers=tmp_path)
     monkeypatch.setattr(headers, "_INSTALLED", ())
-    monkeypatch.setattr("shutil.which", lambda program: None)
+    monkeypatch.setattr("shutil.which", lambda program, **_: None)
     with pytest.raises(KernelError, match="CMake is needed"):
         build.build(tmp_path / "x.so")
     with pytest.raises(KernelError, match="without apt-get and dpkg-deb none can be fetched"):

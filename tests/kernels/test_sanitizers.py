@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from qcompiler.kernels.build import SOURCES
+from qcompiler.kernels.build import SOURCES, find_cmake
 
 LEVELS = ("amx", "avx512", "avx2", "generic")
 
@@ -20,8 +20,8 @@ def checks(tmp_path_factory):
     for sanitizer in ("address", "thread"):
         folder = tmp_path_factory.mktemp(sanitizer)
         for command in (
-            ["cmake", "-S", SOURCES, "-B", folder, f"-DQC_SANITIZE={sanitizer}"],
-            ["cmake", "--build", folder, "--target", "qcompiler_check", "--parallel"],
+            [find_cmake(), "-S", SOURCES, "-B", folder, f"-DQC_SANITIZE={sanitizer}"],
+            [find_cmake(), "--build", folder, "--target", "qcompiler_check", "--parallel"],
         ):
             done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
