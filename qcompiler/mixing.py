@@ -104,12 +104,14 @@ def formats_of(site: Site, scheme: Scheme, opset: int, config: CompileConfig) ->
 
     add(scheme, None)
     for bits, group_sizes in _LADDER.items():
-        narrow = int_format(bits).container == bits or needs_operators(site, replace(scheme, bits=bits), config)
+        narrow = int_format(bits).container == bits or needs_operators(
+            site, replace(scheme, bits=bits, ternary=False), config
+        )
         if not narrow:
             continue
         least: int | None = None
         for group_size in group_sizes:
-            candidate = replace(scheme, bits=bits, group_size=group_size)
+            candidate = replace(scheme, bits=bits, group_size=group_size, ternary=False)
             if _is_held(site, candidate, opset, config):
                 least = add(candidate, least)
     ordered = sorted(found, key=lambda each: (found[each][0], str(each)))

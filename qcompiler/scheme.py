@@ -1,6 +1,7 @@
 """The scheme grammar and the plan that says which site gets which scheme.
 
     scheme   = alias | "w" BITS "a" WIDTH *( "-" option )
+    BITS     = "2" | "3" | "4" | "8" | "1.58" (ternary: minus one, zero and one times a scale)
     WIDTH    = "16" (activations stay float) | "8" | "16int"
     option   = "g" SIZE | "channel" | "head" SIZE | "sym" | "asym" | "static" | "dynamic" | "tensor" | "token" | "fp8"
 
@@ -30,10 +31,11 @@ ALIASES = {
     "q4": "w4a16-g32-sym",
     "q8": "w8a16-g32-sym",
 }
+_TERNARY = "1.58"  # the logarithm of three
 _WIDTH = re.compile(r"w(\d+(?:\.\d+)?)a(16int|\d+)")
 _GRAMMAR = (
-    "w{2,3,4,8}a16 or w{2,3,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, -sym | -asym (for example "
-    "w4a16-g64-asym), or w8a8 followed by any of -channel | -headSIZE, -static | -dynamic, -tensor | -token, "
+    "w{1.58,2,3,4,8}a16 or w{1.58,2,3,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, -sym | -asym "
+    "(for example w4a16-g64-asym), or w8a8 followed by any of -channel | -headSIZE, -static | -dynamic, -tensor | -token, "
     "-sym | -asym, -fp8 (for example w8a8-dynamic-token), or w8a16int"
 )
 _TWICE = {
@@ -91,6 +93,7 @@ class Scheme:
         symmetric: Whether the zero is the middle code.
         activations: How activations are quantized; None keeps them float.
         head_size: Output channels that share a scale; 0 gives each its own.
+        ternary: Of the codes of 2 bits only the three around zero are used; symmetric.
     """
 
     bits: int
@@ -98,6 +101,7 @@ class Scheme:
     symmetric: bool | None = None
     activations: Activations | None = None
     head_size: int = 0
+    ternary: bool = False
 
     @property
     def spelled_out(self) -> bool:
@@ -113,8 +117,9 @@ class Scheme:
             raise SchemeError(f"scheme '{text}': '{head}' is not understood; expected {_GRAMMAR}, or {_aliases()}")
         if width[2] not in ("16", "8", "16int"):
             raise SchemeError(f"scheme '{text}': activations of {width[2]} bits are not available; expected {_GRAMMAR}")
-        if not width[1].isdigit() or int(width[1]) not in FORMATS:
-            known = ", ".join(map(str, FORMATS))
+        ternary = width[1] == _TERNARY
+        if not ternary and (not width[1].isdigit() or int(width[1]) not in FORMATS):
+            known = ", ".join((_TERNARY, *map(str, FORMATS)))
             raise SchemeError(f"scheme '{text}': weights of {width[1]} bits are not available; known widths: {known}")
         given: dict[str, Any] = {}
         for option in options:
@@ -122,7 +127,10 @@ class Scheme:
             if kind in given:
                 raise SchemeError(f"scheme '{text}' {_TWICE[kind]}")
             given[kind] = value
-        return cls._made(int(width[1]), width[2], given, text)
+        made = cls._made(2 if ternary else int(width[1]), width[2], given, text)
+        if ternary and made.symmetric is False:
+            raise SchemeError(f"scheme '{text}': ternary weights are symmetric; drop -asym, or use w2a16-asym")
+        return replace(made, ternary=True, symmetric=True) if ternary else made
 
     @classmethod
     def _made(cls, bits: int, width: str, given: dict[str, Any], text: str) -> "Scheme":
@@ -189,12 +197,15 @@ class Scheme:
         if self.activations is not None and self.spelled_out:
             return WeightSpec(8, columns, True, False, scale_dtype, self.head_size, reduced, self.activations.fp8)
         group_size = self.group_size or (-(-columns // 64) * 64 if stream else columns)
-        return WeightSpec(self.bits, group_size, self.symmetric, signed_scale, scale_dtype, stream=stream)
+        signed = signed_scale and not self.ternary  # without the sign of a scale the lowest code is left out
+        return WeightSpec(self.bits, group_size, self.symmetric, signed, scale_dtype, stream=stream)
 
     def __str__(self) -> str:
         """Canonical text; parsing it gives the scheme back."""
         a = self.activations
-        text = f"w{self.bits}a" + ("16" if a is None else "16int" if a.bits == 16 else "8")
+        text = f"w{_TERNARY if self.ternary else self.bits}a" + (
+            "16" if a is None else "16int" if a.bits == 16 else "8"
+        )
         if self.head_size:
             text += f"-head{self.head_size}"
         elif self.group_size is not None and not self.spelled_out:

@@ -70,7 +70,7 @@ def test_every_alias_means_a_scheme():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not understood; expected w{2,3,4,8}a16"),
+        ("", "'' is not understood; expected w{1.58,2,3,4,8}a16"),
         ("fp8", "'fp8' is not understood"),
         ("w4", "'w4' is not understood"),
         ("w4a4", "activations of 4 bits are not available"),
@@ -88,10 +88,11 @@ def test_every_alias_means_a_scheme():
         ("w8a16-head64", "-head does not go with float activations"),
         ("w4a16int", "16-bit integer activations go with 8-bit integer weights"),
         ("w8a16int-dynamic", "16-bit activations are calibrated"),
-        ("w5a16", "weights of 5 bits are not available; known widths: 2, 3, 4, 8"),
+        ("w5a16", "weights of 5 bits are not available; known widths: 1.58, 2, 3, 4, 8"),
+        ("w1.58a16-asym", "ternary weights are symmetric; drop -asym, or use w2a16-asym"),
         ("w3a16int", "16-bit integer activations go with 8-bit integer weights"),
         ("w3a8-dynamic", "-dynamic does not go with a group size"),
-        ("w1.58a16", "weights of 1.58 bits are not available"),
+        ("w1.5a16", "weights of 1.5 bits are not available"),
         ("w4a16-g48", "group size 48 has no kernel; known sizes: 16, 32, 64, 128, 256"),
         ("w4a16-g0", "group size 0 has no kernel"),
         ("w4a16-g32-g64", "gives two granularities"),
@@ -268,3 +269,12 @@ def test_a_scheme_with_float_activations_spells_nothing_out():
     overrides = ((Pattern("a"), None), (Pattern("b"), Scheme(2)))
     assert SchemePlan(Scheme(4), None, Scheme(8), overrides=overrides).schemes == (Scheme(4), Scheme(8), Scheme(2))
     assert decide(SchemePlan(None), "conv") == (None, "left float (--scheme float)")
+
+
+def test_ternary_weights_are_three_codes_of_two_bits():
+    scheme = Scheme.parse("w1.58a16-g64").resolve("cpu")
+    assert str(scheme) == "w1.58a16-g64-sym"
+    assert Scheme.parse(str(scheme)) == scheme
+    spec = scheme.spec(256, "float32")
+    assert (spec.bits, spec.limits, spec.symmetric, spec.stored_bits(256)) == (2, (1, 3), True, 2.5)
+    assert Scheme.parse("w1.58a8-g64").activations is not None
