@@ -35,8 +35,8 @@ _TERNARY = "1.58"  # the logarithm of three
 _WIDTH = re.compile(r"w(\d+(?:\.\d+)?)a(16int|\d+)")
 _GRAMMAR = (
     "w{1.58,2,3,4,8}a16 or w{1.58,2,3,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, -sym | -asym "
-    "(for example w4a16-g64-asym), or w8a8 followed by any of -channel | -headSIZE, -static | -dynamic, -tensor | -token, "
-    "-sym | -asym, -fp8 (for example w8a8-dynamic-token), or w8a16int"
+    "(for example w4a16-g64-asym), or w8a8 followed by any of -channel | -headSIZE, -static | -dynamic, "
+    "-tensor | -token, -sym | -asym, -fp8 (for example w8a8-dynamic-token), or w8a16int"
 )
 _TWICE = {
     "granularity": "gives two granularities; keep one of -gSIZE and -channel",
