@@ -13,16 +13,18 @@ import onnx_ir as ir
 
 from qcompiler.checkpoints import Arrays, Checkpoints, code_version, digest_of
 from qcompiler.config import CompileConfig
-from qcompiler.errors import CalibrationError, NumericsError, SchemeError
+from qcompiler.errors import CalibrationError, NumericsError
 from qcompiler.graph import SCHEME_KEY, Site, read_weight, write_weight
 from qcompiler.numerics.affine import Grid, WeightSpec
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.observing import Collector, observe
+from qcompiler.options import NoOptions, parse_options
 from qcompiler.quantized import Quantized
 from qcompiler.records import SiteRecord
 from qcompiler.scheme import Activations, Scheme
 from qcompiler.segments import plan_segments
 from qcompiler.session import Feeds
+from qcompiler.shared_tables import read_products
 from qcompiler.sites import find_sites
 from qcompiler.statistics import LayerFacts
 from qcompiler.streaming import Reading, Streaming, TokenCounts
@@ -113,11 +115,6 @@ class QuantPassResult(ir.passes.PassResult):
     records: tuple[SiteRecord, ...] = ()
 
 
-@dataclass(frozen=True)
-class NoOptions:
-    """A pass without options."""
-
-
 class QuantPass(ir.passes.InPlacePass):
     """Base of all passes.
 
@@ -168,21 +165,6 @@ class QuantPass(ir.passes.InPlacePass):
             if getattr(self.options, f.name) != f.default
         ]
         return self.name + (f"{{{','.join(changed)}}}" if changed else "")
-
-
-def parse_options(name: str, options: type, given: dict[str, str]) -> Any:
-    """Build an options dataclass from text values, converting each to its default's type."""
-    known = {f.name: f for f in dataclasses.fields(options)}
-    values: dict[str, Any] = {}
-    for key, text in given.items():
-        if key not in known:
-            raise SchemeError(f"pass {name} has no option '{key}'; it has: {', '.join(known) or 'none'}")
-        kind: Any = type(known[key].default)
-        try:
-            values[key] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        except (ValueError, KeyError):
-            raise SchemeError(f"pass {name}: option {key}={text} is not a {kind.__name__}") from None
-    return options(**values)
 
 
 def assigned_sites(model: ir.Model) -> list[Site]:
@@ -357,13 +339,14 @@ class SegmentPass(WeightQuantizer):
         The former comes first, so that the measured sites see its error.
         """
         records: list[SiteRecord] = []
+        context = self.context
+        records += self._shared_tables(model)
         for site in assigned_sites(model):
             where = f"inside the body of {site.nested}" if site.nested else "a lookup table has no activations"
             if site.nested or site.role == "embedding":
                 records += self._remembered([site], None, f"{where}, rounded to nearest")
         measured = assigned_sites(model)
         if measured:
-            context = self.context
             if context.calibration is None or not len(context.calibration.batches):
                 raise CalibrationError(f"{self.name} needs calibration data; give --calibration PATH, or use rtn")
 
@@ -375,6 +358,20 @@ class SegmentPass(WeightQuantizer):
             run = dataclasses.replace(how, guidance=self.guidance)
             run.visit(model, plan_segments(model, measured), context.calibration.batches, on_reading)
         return QuantPassResult(model, bool(records), tuple(records))
+
+    def _shared_tables(self, model: ir.Model) -> list[SiteRecord]:
+        """Quantize tables that are also the weights of products, for both; at 8 bits nothing is to be gained."""
+        context, records = self.context, list[SiteRecord]()
+        tables = [site for site in assigned_sites(model) if site.role == "embedding" and not site.nested]
+        tables = [site for site in tables if site_spec(site, context.config).bits < 8]
+        remark = "for lookups and for the product that shares its weight"
+
+        def on_table(table: Site, reading: Reading) -> None:
+            records.extend(self._remembered([table], reading, remark))
+
+        how = streaming(context, self.name, sequential=False)
+        read_products(model, tables, context.batches, how, on_table)
+        return records
 
     def _remembered(self, sites: list[Site], reading: Reading | None, remark: str = "") -> list[SiteRecord]:
         """The same as `quantize_sites`, with the codes of an interrupted run where it got as far."""

@@ -19,6 +19,7 @@ from qcompiler.quantized import to_stored
 from qcompiler.scratch import Scratch
 from qcompiler.segments import plan_segments
 from qcompiler.sensitivity import Sensitivity, first_tokens
+from qcompiler.shared_tables import products_of, with_lookups
 from qcompiler.statistics import LayerFacts
 from qcompiler.trials import Curvature, TrialRounding, curvature_of
 
@@ -61,22 +62,33 @@ class Trials:
         feeds = [first_tokens(data[at], 1, tokens) for at in _spread(probes, len(data))]
         probe = Sensitivity(self._model, feeds, provider=self._context.config.provider)
         by_node = {one.site.node: one for one in self._sites}
-        linear = [one.site for one in self._sites if one.site.role != "embedding"]
+        tables = {one.site.weight: one for one in self._sites if one.site.role == "embedding"}
+        products = products_of(self._model, [one.site for one in tables.values()])
+        shared = {site.node: tables[weight] for weight, site in products.items()}
+        linear = [one.site for one in self._sites if one.site.role != "embedding"] + list(products.values())
         with ThreadPoolExecutor(threads) as pool:
             waiting: deque[Future[None]] = deque()
 
-            def on_sites(sites: list[Site], facts: LayerFacts | None) -> None:
-                waiting.append(pool.submit(self._weigh, [by_node[site.node] for site in sites], facts, probe, rows))
+            def weigh(sites: list[MixedSite], facts: LayerFacts | None) -> None:
+                waiting.append(pool.submit(self._weigh, sites, facts, probe, rows))
                 while len(waiting) > threads:
                     waiting.popleft().result()
+
+            def on_sites(sites: list[Site], facts: LayerFacts) -> None:
+                alone = [by_node[site.node] for site in sites if site.node not in shared]
+                if alone:
+                    weigh(alone, facts)
+                for site in sites:
+                    if site.node in shared:
+                        weigh([shared[site.node]], with_lookups(facts))
 
             if linear:
                 run = streaming(self._context, _LABEL, sequential=False)
                 chosen = [data[at] for at in _spread(batches, len(data))]
                 run.run(self._model, plan_segments(self._model, linear), chosen, on_sites)
             for one in self._sites:
-                if one.site.role == "embedding":
-                    on_sites([one.site], None)
+                if one.site.role == "embedding" and one.site.weight not in products:
+                    weigh([one], None)
             for job in waiting:
                 job.result()
         known = [one.trial_cost / one.trial_loss for one in self._sites if one.trial_cost and one.trial_loss]
@@ -126,7 +138,7 @@ class Trials:
             if known is not None:
                 self._known[one.site.node] = known
             weight = checked_weight(one.site)
-            wanted = min(count * (1 if known is not None else _TABLE_ROWS), len(weight))
+            wanted = min(count * (_TABLE_ROWS if one.site.role == "embedding" else 1), len(weight))
             rows = weight[np.linspace(0, len(weight) - 1, wanted).astype(int)]
             losses = self._rounding.losses(rows, one.specs, known).sum(-1) * (len(weight) / len(rows))
             one.losses = [float(loss) for loss in losses] + [0.0] * (len(one.schemes) - len(losses))

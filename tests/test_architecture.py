@@ -71,17 +71,19 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "mixing": (
         "mixing mixing_*",
-        "itself passes.base rotation foldings lowering sensitivity trials segments statistics session scratch targets "
-        "graph config scheme numerics errors",
+        "itself passes.base shared_tables rotation foldings lowering sensitivity trials segments statistics session "
+        "scratch targets graph config scheme numerics errors",
     ),
     "trials": ("trials", "statistics numerics errors"),
     "sensitivity": ("sensitivity", "verify segments calibration session errors"),
     "rescaling": ("rescaling", "passes.base observing foldings graph records errors"),
     "passes.base": (
         "passes.base",
-        "observing streaming checkpoints session segments statistics targets graph config scheme records numerics "
-        "errors",
+        "observing shared_tables streaming checkpoints session segments statistics targets graph config scheme records "
+        "options numerics errors",
     ),
+    "options": ("options", "errors"),
+    "shared_tables": ("shared_tables", "streaming segments statistics session graph errors"),
     "guidance": (
         "guidance",
         "blocks streaming waypoints checkpoints tuning torch_graph segments calibration session scratch graph errors",

@@ -5,7 +5,8 @@ import pytest
 from qcompiler import passes, pipeline
 from qcompiler.config import CompileConfig
 from qcompiler.errors import SchemeError
-from qcompiler.passes.base import WEIGHTS, NoOptions, QuantPass, Stage
+from qcompiler.options import NoOptions
+from qcompiler.passes.base import WEIGHTS, QuantPass, Stage
 from qcompiler.scheme import Pattern, Scheme, SchemePlan
 from tests.builders import context
 
