@@ -322,6 +322,8 @@ class SegmentPass(WeightQuantizer):
 
     scope = "segment"
     needs_calibration = True
+    # Whether it is fast enough for lookup tables, which have many rows.
+    takes_tables: ClassVar[bool] = True
 
     @property
     def wants_drift(self) -> bool:
@@ -369,8 +371,9 @@ class SegmentPass(WeightQuantizer):
         def on_table(table: Site, reading: Reading) -> None:
             records.extend(self._remembered([table], reading, remark))
 
-        how = streaming(context, self.name, sequential=False)
-        read_products(model, tables, context.batches, how, on_table)
+        if self.takes_tables:
+            how = streaming(context, self.name, sequential=False)
+            read_products(model, tables, context.batches, how, on_table)
         return records
 
     def _remembered(self, sites: list[Site], reading: Reading | None, remark: str = "") -> list[SiteRecord]:

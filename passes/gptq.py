@@ -62,6 +62,8 @@ from qcompiler.statistics import LayerFacts
 __all__ = ["Gptq"]
 
 _MAX_DAMPING = 1.0
+# Rows of a weight that are worked on at a time where they can be: whole heads of any usual size.
+_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,9 @@ class Gptq(SegmentPass):
         if facts.hessian.ndim == 3:
             result = self._quantize_groups(weight, spec, facts.hessian)
             return replace(result, remark="; ".join(filter(None, (result.remark, self._unguided(facts)))))
+        if facts.curvatures is None and facts.drift is None and len(weight) > _ROWS:
+            starts = range(0, len(weight), _ROWS)  # rows are unrelated, and a vocabulary has many
+            return Quantized.stacked([self.quantize(weight[start : start + _ROWS], spec, facts) for start in starts])
         related = self._related(facts)
         weight = self._shifted(weight, facts)
         importance = np.diagonal(facts.hessian).astype(np.float32)

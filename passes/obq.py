@@ -53,6 +53,7 @@ class Obq(SegmentPass):
     """
 
     name = "obq"
+    takes_tables = False
     paper = "Frantar & Alistarh 2022, arXiv:2208.11580"
     Options = Options
 

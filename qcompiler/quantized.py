@@ -4,6 +4,7 @@ Because `numpy()` is the dequantized weight in the orientation and dtype that th
 is an ordinary float model: it serializes, runs anywhere, and needs no new opset. Only lowering passes look inside.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +133,20 @@ class Quantized:
             return {}
         loss, energy = float(self.loss[rows].sum()), float(self.energy[rows].sum())
         return {"loss": loss, "relative_loss": loss / energy if energy else 0.0}
+
+    @classmethod
+    def stacked(cls, parts: "Sequence[Quantized]") -> "Quantized":
+        """Results for parts of the rows of a weight, one below the other."""
+
+        def joined(arrays: list[np.ndarray | None]) -> np.ndarray | None:
+            known = [array for array in arrays if array is not None]
+            return np.concatenate(known) if len(known) == len(arrays) else None
+
+        codes = np.concatenate([part.codes for part in parts])
+        scale, zero = (np.concatenate([getattr(part.grid, name) for part in parts]) for name in ("scale", "zero_point"))
+        remark = "; ".join(dict.fromkeys(part.remark for part in parts if part.remark))
+        loss, energy = joined([part.loss for part in parts]), joined([part.energy for part in parts])
+        return cls(codes, Grid(scale, zero), remark, loss, energy)
 
     def arrays(self, spec: WeightSpec) -> dict[str, np.ndarray]:
         """All of it as arrays, for a checkpoint."""

@@ -17,6 +17,8 @@ __all__ = ["Curvature", "TrialRounding", "curvature_of"]
 
 _DAMPING = 0.05
 _MOST_DAMPING = 1.0
+# Rows that are rounded at a time, since a vocabulary has many.
+_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,13 @@ class TrialRounding:
 
         Without `clip` no better grid is searched than that between the extremes of each group, which takes longest.
         """
+        if len(weight) > _ROWS:
+            decoded, total = np.empty_like(weight), 0.0
+            for start in range(0, len(weight), _ROWS):
+                part = slice(start, start + _ROWS)
+                decoded[part], loss_of_part = self.rounded(weight[part], spec, known, clip=clip)
+                total += loss_of_part
+            return decoded, total
         grid = self._grid(weight, spec, known) if clip else min_max_grid(weight, spec)
         if known is not None and self.sweeps:
             codes, loss = sweep(weight, known.factor, grid, spec, known.order)
