@@ -118,11 +118,16 @@ def _levels(model: ir.Model, sites: Sequence[Site]) -> dict[ir.Node, int]:
 def _latest(
     nodes: Sequence[ir.Node], readers: dict[ir.Value, list[ir.Node]], at_most: dict[ir.Node, int]
 ) -> dict[ir.Node, int]:
-    """The last level at which each node may run; `at_most` bounds the sites, what no site depends on is left out."""
+    """The last level at which each node may run; `at_most` bounds the sites, what no site depends on is left out.
+
+    What a site reads has to be there before its level begins; what is made of constants, as its weight behind a
+    Transpose, need not, and would be held for every batch.
+    """
     latest: dict[ir.Node, int] = {}
     for node in reversed(nodes):
         users = (user for output in node.outputs for user in readers.get(output, ()) if user in latest)
-        bounds = [latest[user] - (user in at_most) for user in users]
+        constant = all(value is None or value.const_value is not None for value in node.inputs)
+        bounds = [latest[user] - (user in at_most and not constant) for user in users]
         if node in at_most:
             bounds.append(at_most[node])
         if bounds:

@@ -237,3 +237,14 @@ def test_a_piece_holds_the_values_of_its_bodies_wherever_they_are_stored(tmp_pat
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
     (tensor,) = (graph.initializers["wide"].const_value for graph in model.graphs() if "wide" in graph.initializers)
     assert isinstance(tensor, ir.ExternalTensor)
+
+
+def test_a_weight_behind_a_transpose_is_not_held_for_every_batch():
+    text = """g (float[B,64] x) => (float[B,96] y) {
+        [a] h = MatMul(x, w) r = Relu(h) t = Transpose(u) [b] y = MatMul(r, t) }"""
+    model = parse(text, {"w": normal((64, 64), 0), "u": normal((96, 64), 1)})
+    for sites in (find_sites(model)[0], find_sites(model)[0][1:]):
+        *before, last = plan_segments(model, sites)
+        assert [name for segment in before for name in segment.outputs][-1:] == ["r"]
+        assert not any("t" in (*segment.outputs, *segment.carried) for segment in before)
+        assert [node.op_type for node in last.nodes] == ["Transpose", "MatMul"]
