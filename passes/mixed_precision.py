@@ -194,6 +194,11 @@ class MixedPrecision(QuantPass):
         else:
             chosen, found = allocate(choices, budget), "not tried"
             if self.options.swaps:
+                uniform = [unit.schemes.index(unit.members[0].asked) for unit in units if _is_uniform(unit)]
+                fits = len(uniform) == len(units) and totals(choices, uniform).size <= budget
+                # What each weight costs by itself is a guess at what all cost together: the scheme may be better.
+                if fits and cost(uniform) < cost(chosen):
+                    chosen = uniform
                 result = swapped(choices, chosen, budget, cost, self.options.swaps)
                 chosen = result.chosen
                 found = f"measured {result.before:.4g} by trial, {result.after:.4g} after {result.kept} swaps"
@@ -230,6 +235,12 @@ class MixedPrecision(QuantPass):
             # What is measured grows with what is expected; a little less is aimed at than proportion would have.
             aim *= (1 - _NEAR / 2) * target / found if found else 2.0
         return best, measured
+
+
+def _is_uniform(unit: Unit) -> bool:
+    """Whether all members were asked for in one format that all of them may get."""
+    asked = {one.asked for one in unit.members}
+    return len(asked) == 1 and asked <= set(unit.schemes)
 
 
 def _assign(unit: Unit, index: int, users: Mapping[ir.Value, Sequence[ir.Node]]) -> Iterator[SiteRecord]:

@@ -157,6 +157,19 @@ def test_swaps_keep_to_the_budget_and_never_end_worse(budget):
     assert after <= before
 
 
+def test_the_scheme_itself_is_taken_where_trials_prefer_it(monkeypatch):
+    def cost(self, units, plan, rows, tokens):
+        return sum(unit.schemes[at] != unit.members[0].asked for unit, at in zip(units, plan, strict=True))
+
+    monkeypatch.setattr("qcompiler.mixing_trials.Trials.cost", cost)
+    model = stack()
+    assigned(model, bits_per_weight=5.2)
+    assert {str(scheme) for scheme in schemes(model).values()} == {"w4a16-g32-asym"}
+    model = stack()
+    assigned(model, bits_per_weight=5.0)  # which the scheme does not fit
+    assert {str(scheme) for scheme in schemes(model).values()} != {"w4a16-g32-asym"}
+
+
 def test_without_swaps_nothing_is_run():
     ctx = context(batches=batches(), scheme="w4a16-g32-asym", bits_per_weight=4.5)
     result = apply("mixed_precision", stack(), ctx, swaps=0)
