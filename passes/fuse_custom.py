@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qcompiler.config import CompileConfig
 from qcompiler.graph import Site
 from qcompiler.kernels.schemas import DOMAIN, OPERATORS, VERSION, function_proto
-from qcompiler.lowering import add_constant, bias_of, channels_last, make_node, replace_nodes, stream_constants
+from qcompiler.lowering import add_constant, bias_of, make_node, replace_product, stream_constants
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, scheme_text
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
@@ -66,11 +66,5 @@ class FuseCustom(QuantPass):
         inputs = [site.input, *(constants.get(each.name, bias) for each in OPERATORS[name].inputs[1:])]
         attributes = {"accuracy_level": level}
         fused = make_node(graph, name, inputs, attributes, node, self.name, domain=DOMAIN)
-        new = [fused]
-        extra = node.inputs[2] if len(node.inputs) > 2 else None
-        if extra is not None and bias is None:
-            new.append(make_node(graph, "Add", [fused.outputs[0], extra], {}, node, self.name))
-        if node.op_type == "Conv":
-            new = channels_last(graph, node, new, self.name)
-        replace_nodes(graph, [node] if absorbed is None else [absorbed, node], new, new[-1].outputs[0])
+        replace_product(site, fused, bias, absorbed, self.name)
         return level

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
 from qcompiler.graph import Site
-from qcompiler.lowering import bias_of, block_constants, channels_last, make_node, replace_nodes, width_note
+from qcompiler.lowering import bias_of, block_constants, make_node, replace_product, width_note
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, scheme_text, site_scheme
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
@@ -70,11 +70,5 @@ class FuseMatMulNBits(QuantPass):
         }
         inputs = [site.input, *block_constants(site), None, bias]
         fused = make_node(graph, "MatMulNBits", inputs, attributes, node, self.name, domain="com.microsoft")
-        new = [fused]
-        extra = node.inputs[2] if len(node.inputs) > 2 else None
-        if extra is not None and bias is None:
-            new.append(make_node(graph, "Add", [fused.outputs[0], extra], {}, node, self.name))
-        if node.op_type == "Conv":
-            new = channels_last(graph, node, new, self.name)
-        replace_nodes(graph, [node] if absorbed is None else [absorbed, node], new, new[-1].outputs[0])
+        replace_product(site, fused, bias, absorbed, self.name)
         return level

@@ -17,9 +17,9 @@ __all__ = [
     "append_nodes",
     "bias_of",
     "block_constants",
-    "channels_last",
     "make_node",
     "replace_nodes",
+    "replace_product",
     "stream_constants",
     "width_note",
 ]
@@ -148,7 +148,30 @@ def _is_vector(value: ir.Value, site: Site) -> bool:
     return tensor is not None and tuple(tensor.shape.numpy()) == (site.rows,) and tensor.dtype == site.dtype
 
 
-def channels_last(graph: ir.Graph, node: ir.Node, new: list[ir.Node], pass_name: str) -> list[ir.Node]:
+def replace_product(
+    site: Site, fused: ir.Node, bias: ir.Value | None, absorbed: ir.Node | None, pass_name: str
+) -> None:
+    """Put the product that stands for a site in its place.
+
+    Args:
+        site: A linear layer or a convolution with a kernel of one.
+        fused: The product, which nothing reads yet.
+        bias: What `bias_of` found, which the product adds; where that is None an Add does it for a bias of the site.
+        absorbed: The Add node behind the site that goes too, or None.
+        pass_name: Who made it.
+    """
+    node, graph = site.node, site.node.graph
+    assert isinstance(graph, ir.Graph)
+    new = [fused]
+    extra = node.inputs[2] if len(node.inputs) > 2 else None
+    if extra is not None and bias is None:
+        new.append(make_node(graph, "Add", [fused.outputs[0], extra], {}, node, pass_name))
+    if node.op_type == "Conv":
+        new = _channels_last(graph, node, new, pass_name)
+    replace_nodes(graph, [node] if absorbed is None else [absorbed, node], new, new[-1].outputs[0])
+
+
+def _channels_last(graph: ir.Graph, node: ir.Node, new: list[ir.Node], pass_name: str) -> list[ir.Node]:
     """The new nodes of a convolution with Transposes around them, so that the channels are their last axis."""
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None

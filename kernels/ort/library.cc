@@ -20,7 +20,6 @@ constexpr Element kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr Element kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
 constexpr Element kByte = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
 constexpr Element kInt = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-constexpr int kApiVersion = 17;  // the oldest ONNX Runtime whose API has all that is used here: 1.17
 
 // Where an operator's inputs are.
 struct Contract {
@@ -311,8 +310,8 @@ __attribute__((visibility("default"))) int QcompilerApiVersion() { return ORT_AP
 __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options,
                                                                                 const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(ORT_API_VERSION);
-  if (api == nullptr) api = base->GetApi(kApiVersion);
-  if (api == nullptr) return nullptr;  // nothing of the API is there to say so with
+  if (api == nullptr)
+    return base->GetApi(1)->CreateStatus(ORT_FAIL, "libqcompiler_ops was built for a newer ONNX Runtime than this one");
   Ort::InitApi(api);
   static Ort::CustomOpDomain domain{"ai.qcompiler"};
   static bool filled = false;
