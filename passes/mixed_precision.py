@@ -5,6 +5,10 @@
 2. Sensitivity. What a loss costs at the outputs is measured, not guessed: each weight alone is rounded to 4 bits, as
    GPTQ would, the rest stays float, and the model is run. The KL divergence of its logits (the noise of its outputs,
    where there are none) over the loss of that rounding is what each format's loss is multiplied with.
+   Where layers make up for the errors of those before (`gptq{drift=...}`), such a run is misleading: what tokens have
+   in common of an error of attention's values is a quarter of all there is to measure on a language model, and all of
+   it is made up for. There each output's loss is multiplied with half the mean square of the answer's gradient at it
+   (`tuning.fisher`), and nothing is tried in step 4.
 3. Choice. Costs are taken to add up, and the formats are chosen by a knapsack over stored bits (`numerics.allocation`).
 4. Swaps. All weights are rounded as chosen, the model is run on held-out rows, and formats are exchanged where that
    lowers what these runs measure.
@@ -18,6 +22,7 @@ What gets a format is a weight, those that read the same, those of a layer, or a
 `mixing_heads`).
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +31,7 @@ import onnx_ir as ir
 
 from qcompiler.checkpoints import Arrays, code_version, digest_of
 from qcompiler.config import CompileConfig
-from qcompiler.errors import CalibrationError, ModelError, SchemeError
+from qcompiler.errors import CalibrationError, ModelError, PassError, SchemeError
 from qcompiler.graph import SCHEME_KEY, Site
 from qcompiler.mixing import UNITS, MixedSite, Unit, fixed_bytes, formats_of, units_of
 from qcompiler.mixing_heads import CutLayer, cut_heads, join_heads
@@ -45,6 +50,9 @@ __all__ = ["MixedPrecision"]
 _POINTS = 24
 # Four times the bytes of Hessians and rounded weights that are held in memory; the rest waits in mapped files.
 _KEPT = 1 << 30
+# Layers that make up for the errors of those before.
+_DRIFT = re.compile(r"drift=0*\.?0*[1-9]")
+_SENSITIVITIES = ("auto", "trial", "gradient")
 # Of target_kl: plans measured, and how far below the target a plan may end.
 _AIMS, _NEAR = 6, 0.05
 
@@ -59,6 +67,9 @@ class Options:
     tokens: int = field(default=64, metadata={"help": "tokens of each of these rows"})
     trials: int = field(default=2, metadata={"help": "held-out rows, of twice the tokens, that plans are run on"})
     swaps: int = field(default=12, metadata={"help": "exchanges of formats to try by such a run; 0 runs none"})
+    sensitivity: str = field(
+        default="auto", metadata={"help": f"what tells how much a loss costs: {', '.join(_SENSITIVITIES)}"}
+    )
     units: str = field(default="site", metadata={"help": f"what gets a format of its own: {', '.join(UNITS)}"})
 
     def __post_init__(self) -> None:
@@ -68,8 +79,11 @@ class Options:
                 raise SchemeError(f"pass mixed_precision: {name}={getattr(self, name)} has to be at least 1")
         if self.swaps < 0:
             raise SchemeError(f"pass mixed_precision: swaps={self.swaps} has to be at least 0")
-        if self.units not in UNITS:
-            raise SchemeError(f"pass mixed_precision: units={self.units} is unknown; choose one of {', '.join(UNITS)}")
+        for name, known in (("units", UNITS), ("sensitivity", _SENSITIVITIES)):
+            if getattr(self, name) not in known:
+                raise SchemeError(
+                    f"pass mixed_precision: {name}={getattr(self, name)} is unknown; choose one of {', '.join(known)}"
+                )
 
 
 class MixedPrecision(QuantPass):
@@ -132,7 +146,16 @@ class MixedPrecision(QuantPass):
         config = self.context.config
         with Scratch(min(config.max_memory or _KEPT, _KEPT) // 4) as scratch:
             trials = Trials(self.context, model, sites, scratch)
-            trials.measure(self.options.rows, self.options.batches, self.options.probes, self.options.tokens)
+            gradients = self._wants_gradients()
+            problem = trials.measure(
+                self.options.rows,
+                self.options.batches,
+                self.options.probes,
+                self.options.tokens,
+                gradients=gradients,
+            )
+            if problem and self.options.sensitivity == "gradient":
+                raise PassError(f"mixed_precision{{sensitivity=gradient}}: {problem}; leave the option out")
             units = units_of(sites, self.options.units)
             budget = self._budget(model, sites)
             least = sum(min(choice.size for choice in unit.choices) for unit in units)
@@ -141,7 +164,8 @@ class MixedPrecision(QuantPass):
                     f"mixed_precision: the smallest formats of the {len(sites)} weights take {least / 8e6:.2f} MB "
                     f"where {budget / 8e6:.2f} MB are left for them; give a larger budget, or let more be quantized"
                 )
-            chosen, note = self._chosen(units, budget, trials)
+            chosen, note = self._chosen(units, budget, trials, run=not gradients or bool(problem))
+            note += f"; sensitivity measured by trial: {problem}" if problem else ""
         return {
             "losses": np.concatenate([one.losses for one in sites]),
             "trials": np.array([(one.trial_loss, one.trial_cost) for one in sites]),
@@ -181,8 +205,14 @@ class MixedPrecision(QuantPass):
             return None
         return 8 * (config.max_size - fixed_bytes(model, [one.site for one in sites], config))
 
-    def _chosen(self, units: Sequence[Unit], budget: int | None, trials: Trials) -> tuple[list[int], str]:
-        """The index of each unit's format, and what was done in words."""
+    def _wants_gradients(self) -> bool:
+        """Whether what a loss costs is to follow from gradients."""
+        if self.options.sensitivity != "auto":
+            return bool(self.options.sensitivity == "gradient")
+        return self.context.config.target_kl is None and bool(_DRIFT.search(",".join(self.context.config.algorithms)))
+
+    def _chosen(self, units: Sequence[Unit], budget: int | None, trials: Trials, *, run: bool) -> tuple[list[int], str]:
+        """The index of each unit's format, and what was done in words; with `run` plans for a budget are tried."""
         choices = [unit.choices for unit in units]
 
         def cost(plan: Sequence[int]) -> float:
@@ -193,7 +223,7 @@ class MixedPrecision(QuantPass):
             found = f"measured {measured:.4g} by trial"
         else:
             chosen, found = allocate(choices, budget), "not tried"
-            if self.options.swaps:
+            if run and self.options.swaps:
                 uniform = [unit.schemes.index(unit.members[0].asked) for unit in units if _is_uniform(unit)]
                 fits = len(uniform) == len(units) and totals(choices, uniform).size <= budget
                 # What each weight costs by itself is a guess at what all cost together: the scheme may be better.

@@ -62,6 +62,20 @@ class Guidance:
         bounds = np.cumsum(self._arrays[f"{places[0]}.counts"])[:-1]
         return np.split((_EVEN + (1 - _EVEN) * total / total.mean()).astype(np.float32), bounds)
 
+    def prices(self, site: Site) -> np.ndarray | None:
+        """What the square of an error of each output costs the answer, in nats a token: half the mean of g^2.
+
+        Returns:
+            float64 ``[N]``; None if nothing is known of the site.
+        """
+        if not self.knows(site):
+            return None
+        place, sizes = self._places[site.node], list[np.ndarray]()
+        while (name := f"{place}.size.{len(sizes)}") in self._arrays:
+            sizes.append(self._arrays[name])
+        tokens = len(self._arrays[f"{place}.tokens"])
+        return np.asarray(np.square(np.concatenate(sizes), dtype=np.float64) / (2 * tokens))
+
     def curvatures(self, site: Site) -> list[np.ndarray]:
         """G of the site's outputs, float32 ``[n, n]`` for each n rows that follow one another."""
         place = self._places[site.node]

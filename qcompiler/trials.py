@@ -13,7 +13,7 @@ from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, dequantize, m
 from qcompiler.numerics.second_order import damped, sweep, sweep_losses, upper_factor
 from qcompiler.statistics import LayerFacts
 
-__all__ = ["Curvature", "TrialRounding", "curvature_of"]
+__all__ = ["Curvature", "TrialRounding", "curvature_of", "row_losses"]
 
 _DAMPING = 0.05
 _MOST_DAMPING = 1.0
@@ -88,7 +88,7 @@ class TrialRounding:
         errors = [
             weight - _decoded(quantize(weight, grid, spec), grid, spec) for grid, spec in zip(grids, specs, strict=True)
         ]
-        return np.stack([_row_losses(error, known) for error in errors])
+        return np.stack([row_losses(error, known) for error in errors])
 
     def rounded(
         self, weight: np.ndarray, spec: WeightSpec, known: Curvature | None, *, clip: bool = True
@@ -109,7 +109,7 @@ class TrialRounding:
             codes, loss = sweep(weight, known.factor, grid, spec, known.order)
             return _decoded(codes, grid, spec), float(loss.sum())
         decoded = _decoded(quantize(weight, grid, spec), grid, spec)
-        return decoded, float(_row_losses(weight - decoded, known).sum())
+        return decoded, float(row_losses(weight - decoded, known).sum())
 
     def _grid(self, weight: np.ndarray, spec: WeightSpec, known: Curvature | None) -> Grid:
         if not self.sweeps or spec.bits == 8:  # at 8 bits there is nothing to gain by clipping
@@ -121,7 +121,7 @@ def _decoded(codes: np.ndarray, grid: Grid, spec: WeightSpec) -> np.ndarray:
     return dequantize(codes, grid.scale, grid.zero_point, spec.group_size)
 
 
-def _row_losses(error: np.ndarray, known: Curvature | None) -> np.ndarray:
+def row_losses(error: np.ndarray, known: Curvature | None) -> np.ndarray:
     """The diagonal of ``E H E^T``, float64 ``[N]``."""
     moved = error if known is None else error[:, known.order] @ known.factor
     return np.asarray(np.einsum("nk,nk->n", moved, moved, dtype=np.float64))

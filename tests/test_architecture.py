@@ -71,8 +71,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "mixing": (
         "mixing mixing_*",
-        "itself passes.base shared_tables rotation foldings lowering sensitivity trials segments statistics session "
-        "scratch targets graph config scheme numerics errors",
+        "itself passes.base shared_tables guidance rotation foldings lowering sensitivity trials segments statistics "
+        "session scratch targets graph config scheme numerics errors",
     ),
     "trials": ("trials", "statistics numerics errors"),
     "sensitivity": ("sensitivity", "verify segments calibration session errors"),

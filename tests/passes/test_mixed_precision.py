@@ -9,9 +9,10 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.checkpoints import Checkpoints
-from qcompiler.errors import CalibrationError, ModelError, SchemeError
+from qcompiler.errors import CalibrationError, ModelError, PassError, SchemeError
 from qcompiler.files.saver import save_model
 from qcompiler.graph import SCHEME_KEY
+from qcompiler.mixing_trials import _sample
 from qcompiler.passes import load
 from qcompiler.scheme import Scheme
 from qcompiler.sites import find_sites
@@ -174,6 +175,81 @@ def test_without_swaps_nothing_is_run():
     ctx = context(batches=batches(), scheme="w4a16-g32-asym", bits_per_weight=4.5)
     result = apply("mixed_precision", stack(), ctx, swaps=0)
     assert ", not tried (as --scheme says: 5.125 bits a weight" in note(result)
+
+
+# What a loss costs, from gradients.
+
+
+def test_gradients_find_what_counts_most():
+    """As trials do; where layers make up for errors they are what is asked."""
+    model = stack()
+    result = assigned(model, bits_per_weight=4.0, algorithms=("gptq{drift=0.5}",))
+    assert 0.93 * 4.0 <= bits_per_weight(model) <= 4.0
+    found = schemes(model)
+    assert found["l2"].bits > min(scheme.bits for scheme in found.values())
+    assert found["l2"].bits == max(scheme.bits for scheme in found.values())
+    assert ", not tried (as --scheme says" in note(result)
+
+
+@pytest.mark.parametrize("sensitivity", ["trial", "gradient"])
+def test_sensitivity_can_be_chosen(sensitivity):
+    ctx = context(batches=batches(), scheme="w4a16-g32-asym", bits_per_weight=4.5, algorithms=("gptq{drift=0.5}",))
+    result = apply("mixed_precision", stack(), ctx, sensitivity=sensitivity)
+    assert ("not tried" in note(result)) == (sensitivity == "gradient")
+
+
+def expected_costs(model, algorithm, **config):
+    for site in find_sites(model)[0]:
+        site.node.metadata_props[SCHEME_KEY] = str(Scheme.parse("w4a16-g32-asym").resolve("cpu"))
+    ctx = context(scheme="w4a16-g32-asym", algorithms=(algorithm,), **config)
+    result = apply("mixed_precision", model, ctx, swaps=0, rows=K)
+    return {(record.site, record.spec): record.metrics["expected_cost"] for record in assigned_records(result)}
+
+
+def test_gradients_and_trials_agree_on_what_a_format_costs():
+    """But for one factor: an answer that is no choice among words counts by its noise."""
+    by_trial, by_gradient = (
+        expected_costs(stack(), algorithm, batches=batches(), bits_per_weight=5.125)
+        for algorithm in ("gptq", "gptq{drift=0.5}")
+    )
+    both = by_trial.keys() & by_gradient.keys()
+    assert len(both) > 3
+    ratios = np.array([by_gradient[each] / by_trial[each] for each in both])
+    assert ratios.max() < 4 * ratios.min()
+
+
+def test_without_pytorch_sensitivity_is_measured_by_trial_and_the_record_says_so(monkeypatch):
+    monkeypatch.setattr("qcompiler.mixing_trials.find_spec", lambda name: None)
+    result = assigned(stack(), bits_per_weight=4.5, algorithms=("gptq{drift=0.5}",))
+    assert "sensitivity measured by trial: PyTorch, which gradients need, is not installed" in note(result)
+    assert "after" in note(result)
+    ctx = context(batches=batches(), scheme="w4a16-g32-asym", bits_per_weight=4.5)
+    with pytest.raises(PassError, match=r"sensitivity=gradient.*not installed"):
+        apply("mixed_precision", stack(), ctx, sensitivity="gradient")
+
+
+def test_tables_known_by_trial_are_brought_to_the_scale_of_gradients():
+    by_trial, by_gradient = (
+        expected_costs(decoder(1, 64, 96), algorithm, batches=token_batches(4, 2, 12), max_size=80_000)
+        for algorithm in ("gptq", "gptq{drift=0.5}")
+    )
+    both = by_trial.keys() & by_gradient.keys()
+    assert len(both) > 3
+    assert 0.2 < np.median([by_gradient[each] / by_trial[each] for each in both]) < 5
+
+
+def test_rows_are_drawn_by_what_they_cost():
+    weight, prices = normal((100, K), 7), np.random.default_rng(1).lognormal(0, 2, 100)
+    sizes = prices * np.square(weight, dtype=np.float64).sum(-1)
+    rows, counts = _sample(weight, prices, 16)
+    assert len(rows) <= 16
+    # Exact where the loss of each row is in proportion to its size.
+    np.testing.assert_allclose(np.square(weight[rows], dtype=np.float64).sum(-1) @ counts, sizes.sum())
+    assert set(np.flatnonzero(sizes > sizes.sum() / 16)) <= set(rows)
+    rows, counts = _sample(weight, None, 10)
+    assert len(rows) == 10
+    assert counts.sum() == 100
+    assert len(_sample(weight, np.zeros(100), 4)[0]) == 4
 
 
 def measured_noise(model, exact):

@@ -181,3 +181,17 @@ def test_what_pytorch_cannot_run_is_said():
 def test_a_model_without_layers_has_no_guidance():
     known, problem = guide(parse("g (float[B,8] x) => (float[B,8] y) { y = Relu(x) }"), [{"x": normal((2, 8), 0)}])
     assert (known, problem) == ({}, "")
+
+
+def test_prices_are_half_the_mean_square_of_gradients():
+    model, rows = decoder(), token_batches(3, 1, 12)
+    found, _ = measured(model, rows)
+    with guidance(model, rows, streaming(context(batches=rows), "x", sequential=False), draws=1, seed=0) as guide:
+        for site in find_sites(model)[0]:
+            facts = found.get(site.name)
+            if facts is None:
+                assert guide.prices(site) is None
+                continue
+            tokens = sum(len(each) for each in facts.tokens)
+            expected = np.concatenate([np.diagonal(total) for total in facts.sums]) / (2 * tokens)
+            np.testing.assert_allclose(guide.prices(site), expected, rtol=1e-5)
