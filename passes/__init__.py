@@ -17,7 +17,7 @@ __all__ = ["load", "names"]
 
 def names() -> list[str]:
     """The names of all passes, sorted."""
-    return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name != "base")
+    return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("base"))
 
 
 def load(name: str) -> "type[QuantPass]":

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.checkpoints import Arrays, Checkpoints, code_version, digest_of
+from qcompiler.checkpoints import Arrays, Checkpoints
 from qcompiler.config import CompileConfig
-from qcompiler.errors import CalibrationError, NumericsError
+from qcompiler.errors import NumericsError
 from qcompiler.graph import SCHEME_KEY, Site, read_weight, write_weight
 from qcompiler.numerics.affine import Grid, WeightSpec
 from qcompiler.numerics.metrics import sqnr_db
@@ -22,12 +22,10 @@ from qcompiler.options import NoOptions, parse_options
 from qcompiler.quantized import Quantized
 from qcompiler.records import SiteRecord
 from qcompiler.scheme import Activations, Scheme
-from qcompiler.segments import plan_segments
 from qcompiler.session import Feeds
-from qcompiler.shared_tables import read_products
 from qcompiler.sites import find_sites
 from qcompiler.statistics import LayerFacts
-from qcompiler.streaming import Reading, Streaming, TokenCounts
+from qcompiler.streaming import Streaming
 from qcompiler.targets import needs_operators
 
 __all__ = [
@@ -36,7 +34,6 @@ __all__ = [
     "PassContext",
     "QuantPass",
     "QuantPassResult",
-    "SegmentPass",
     "Stage",
     "WeightQuantizer",
     "assigned_sites",
@@ -257,7 +254,8 @@ class WeightQuantizer(QuantPass):
             start = rows.stop
             grid = Grid(result.grid.scale[rows], result.grid.zero_point[rows])
             original = site.weight.const_value
-            tensor = write_weight(site, result.codes[rows], grid, spec, self.name)
+            # Tables are those of one site: see the pass `codebook`.
+            tensor = write_weight(site, result.codes[rows], grid, spec, self.name, result.tables)
             # For passes that need the error W - Q. What lies on disk stays mapped there and costs no memory.
             tensor.meta["original"] = original
             metrics = {
@@ -315,86 +313,3 @@ def watch(
         threads=context.threads,
         tick=lambda done, total: context.tick(name, done, total),
     )
-
-
-class SegmentPass(WeightQuantizer):
-    """A weight algorithm that measures activations; runs segment by segment (see `segments`)."""
-
-    scope = "segment"
-    needs_calibration = True
-    # Whether it is fast enough for lookup tables, which have many rows.
-    takes_tables: ClassVar[bool] = True
-
-    @property
-    def wants_drift(self) -> bool:
-        """Whether `LayerFacts.drift` is to be measured, which takes another run of the float model beside."""
-        return False
-
-    @property
-    def guidance(self) -> TokenCounts | None:
-        """What tells how much tokens count, while the pass runs; None counts all the same."""
-        return None
-
-    def call(self, model: ir.Model) -> QuantPassResult:
-        """Quantize what has no activations to measure, then level by level what has.
-
-        The former comes first, so that the measured sites see its error.
-        """
-        records: list[SiteRecord] = []
-        context = self.context
-        records += self._shared_tables(model)
-        for site in assigned_sites(model):
-            where = f"inside the body of {site.nested}" if site.nested else "a lookup table has no activations"
-            if site.nested or site.role == "embedding":
-                records += self._remembered([site], None, f"{where}, rounded to nearest")
-        measured = assigned_sites(model)
-        if measured:
-            if context.calibration is None or not len(context.calibration.batches):
-                raise CalibrationError(f"{self.name} needs calibration data; give --calibration PATH, or use rtn")
-
-            def on_reading(sites: list[Site], reading: Reading) -> None:
-                for group in self.by_spec(sites):
-                    records.extend(self._remembered(group, reading))
-
-            how = streaming(context, self.name, sequential=context.config.sequential, drift=self.wants_drift)
-            run = dataclasses.replace(how, guidance=self.guidance)
-            run.visit(model, plan_segments(model, measured), context.calibration.batches, on_reading)
-        return QuantPassResult(model, bool(records), tuple(records))
-
-    def _shared_tables(self, model: ir.Model) -> list[SiteRecord]:
-        """Quantize tables that are also the weights of products, for both; at 8 bits nothing is to be gained."""
-        context, records = self.context, list[SiteRecord]()
-        tables = [site for site in assigned_sites(model) if site.role == "embedding" and not site.nested]
-        tables = [site for site in tables if site_spec(site, context.config).bits < 8]
-        remark = "for lookups and for the product that shares its weight"
-
-        def on_table(table: Site, reading: Reading) -> None:
-            records.extend(self._remembered([table], reading, remark))
-
-        if self.takes_tables:
-            how = streaming(context, self.name, sequential=False)
-            read_products(model, tables, context.batches, how, on_table)
-        return records
-
-    def _remembered(self, sites: list[Site], reading: Reading | None, remark: str = "") -> list[SiteRecord]:
-        """The same as `quantize_sites`, with the codes of an interrupted run where it got as far."""
-        if self.context.checkpoints is None:
-            return self.quantize_sites(sites, reading.facts if reading is not None else None, remark)
-        spec, weights = site_spec(sites[0], self.context.config), [checked_weight(site) for site in sites]
-
-        def key() -> str:
-            read = reading.digest if reading is not None else code_version()
-            return digest_of("codes", read, str(self), self.context.config.seed, spec, weights)
-
-        def make() -> Arrays:
-            return self._stacked(sites, weights, reading.facts if reading is not None else None).arrays(spec)
-
-        arrays = self.context.remember(self.name, len(sites), key, make)
-        return self._written(sites, weights, Quantized.of(arrays, spec, sites[0].columns), remark)
-
-    def by_spec(self, sites: Iterable[Site]) -> list[list[Site]]:
-        """Group sites by their spec, in order."""
-        groups: dict[WeightSpec, list[Site]] = {}
-        for site in sites:
-            groups.setdefault(site_spec(site, self.context.config), []).append(site)
-        return list(groups.values())

@@ -1,6 +1,7 @@
 """Lower weights in formats that ONNX Runtime has no kernels for to the operators of `ai.qcompiler`.
 
-1. MatMul(x, Wq) and MatMul(x, Transpose(Wq)) become MatMul3Bits(x, codes, scales, zero_points, bias).
+1. MatMul(x, Wq) and MatMul(x, Transpose(Wq)) become MatMul3Bits(x, codes, scales, zero_points, bias), or where codes
+   name entries of tables MatMulCodebook16(x, codes, tables, starts, scales, bias).
 2. A Gemm's bias, or that of an Add behind a MatMul, goes in if it is one value an output channel; an Add does the rest.
 3. Conv with a kernel of one: Transpose to channels-last, the product, Transpose back.
 
@@ -20,6 +21,7 @@ from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, scheme_text
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
+from qcompiler.targets import stream_operator
 
 __all__ = ["FuseCustom"]
 
@@ -42,10 +44,10 @@ class FuseCustom(QuantPass):
             tensor = site.quantized
             if tensor is None or not tensor.spec.stream:
                 continue
-            name = f"MatMul{tensor.spec.bits}Bits"
+            name = stream_operator(tensor.spec)
             level = self._rewrite(site, tensor, name)
             used.add(name)
-            note = f"{name}, group {tensor.spec.group_size}, accuracy level {level}"
+            note = f"{name}, group {tensor.spec.group_size}" + ("" if level is None else f", accuracy level {level}")
             records.append(SiteRecord(site.name, "fused", scheme_text(site), note))
         for name in sorted(used):
             function = ir.serde.deserialize_function(function_proto(name, model.graph.opset_imports[""]))
@@ -54,17 +56,18 @@ class FuseCustom(QuantPass):
             model.graph.opset_imports[DOMAIN] = VERSION
         return QuantPassResult(model, bool(records), tuple(records))
 
-    def _rewrite(self, site: Site, tensor: QuantizedTensor, name: str) -> int:
+    def _rewrite(self, site: Site, tensor: QuantizedTensor, name: str) -> int | None:
+        """Put the operator in the place of the product; its accuracy level, None where it has none."""
         node, graph = site.node, site.node.graph
         assert isinstance(graph, ir.Graph)
-        level = self.context.config.accuracy_level or 0
+        level = (self.context.config.accuracy_level or 0) if OPERATORS[name].attributes else None
         bias, absorbed = bias_of(site, graph)
         constants = stream_constants(site)
         if bias is None:
             none = np.zeros(1, site.dtype.numpy())
             constants = constants | {"bias": add_constant(graph, f"{site.weight.name}_bias", none)}
         inputs = [site.input, *(constants.get(each.name, bias) for each in OPERATORS[name].inputs[1:])]
-        attributes = {"accuracy_level": level}
+        attributes = {} if level is None else {"accuracy_level": level}
         fused = make_node(graph, name, inputs, attributes, node, self.name, domain=DOMAIN)
         replace_product(site, fused, bias, absorbed, self.name)
         return level

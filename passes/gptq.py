@@ -38,7 +38,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.errors import NumericsError, SchemeError
+from qcompiler.errors import SchemeError
 from qcompiler.extras import require_torch
 from qcompiler.graph import Site
 from qcompiler.guidance import Guidance, guidance
@@ -49,19 +49,16 @@ from qcompiler.numerics.second_order import (
     descend,
     refit_scales,
     row_losses,
-    shift,
-    supported_share,
     sweep,
     sweep_groups,
-    upper_factor,
 )
-from qcompiler.passes.base import QuantPassResult, SegmentPass, streaming
+from qcompiler.passes.base import QuantPassResult, streaming
+from qcompiler.passes.base_segments import MAX_DAMPING, SegmentPass, factor_of, made_up, unfactored
 from qcompiler.quantized import Quantized
 from qcompiler.statistics import LayerFacts
 
 __all__ = ["Gptq"]
 
-_MAX_DAMPING = 1.0
 # Rows of a weight that are worked on at a time where they can be: whole heads of any usual size.
 _ROWS = 8192
 
@@ -86,8 +83,8 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        if not 0 <= self.percdamp <= _MAX_DAMPING:
-            raise SchemeError(f"pass gptq: percdamp={self.percdamp:g} is not between 0 and {_MAX_DAMPING:g}")
+        if not 0 <= self.percdamp <= MAX_DAMPING:
+            raise SchemeError(f"pass gptq: percdamp={self.percdamp:g} is not between 0 and {MAX_DAMPING:g}")
         if self.refine < 0 or self.lazy_block < 1:
             raise SchemeError(
                 f"pass gptq: refine={self.refine} and lazy_block={self.lazy_block} have to be at least 0 and 1"
@@ -157,11 +154,11 @@ class Gptq(SegmentPass):
             starts = range(0, len(weight), _ROWS)  # rows are unrelated, and a vocabulary has many
             return Quantized.stacked([self.quantize(weight[start : start + _ROWS], spec, facts) for start in starts])
         related = self._related(facts)
-        weight = self._shifted(weight, facts)
+        weight = made_up(weight, facts, self.options.drift, self.options.percdamp)
         importance = np.diagonal(facts.hessian).astype(np.float32)
         order = np.argsort(-importance, kind="stable") if self.options.act_order else np.arange(len(importance))
         with ThreadPoolExecutor(1) as beside:  # matrix work, while the search for a grid and the sweep go on
-            factored = beside.submit(self._factor, facts.hessian, order)
+            factored = beside.submit(factor_of, facts.hessian, order, self.options.percdamp, self.name)
             summed = beside.submit(row_losses, weight, facts.hessian.astype(np.float32))
             grid = (
                 clip_grid(weight, spec, importance, threads=threads)
@@ -200,21 +197,6 @@ class Gptq(SegmentPass):
         """Damped G of the parts of a weight; None where rows are unrelated."""
         return None if facts.curvatures is None else [damped(g, self.options.outdamp) for g in facts.curvatures]
 
-    def _shifted(self, weight: np.ndarray, facts: LayerFacts) -> np.ndarray:
-        """The weight that makes up for what the layers before did, as far as that holds on held-out data."""
-        if facts.drift is None:
-            return weight
-        share, part, residual = self.options.drift, facts.held_out, facts.residual
-        if part is not None and part.drift is not None:
-            rest = damped(facts.hessian - part.hessian, self.options.percdamp)
-            apart = None if residual is None or part.residual is None else residual - part.residual
-            found = shift(weight, facts.drift - part.drift, rest, apart)
-            share *= supported_share(weight, found, part.drift, part.hessian, part.residual)
-        if not share:
-            return weight
-        change = shift(weight, facts.drift, damped(facts.hessian, self.options.percdamp), residual)
-        return np.asarray(weight + np.float32(share) * change)
-
     def _quantize_groups(self, weight: np.ndarray, spec: WeightSpec, hessians: np.ndarray) -> Quantized:
         """Quantize the weight of a convolution of groups."""
         rows = len(weight) // len(hessians)
@@ -229,8 +211,8 @@ class Gptq(SegmentPass):
                 break
             except np.linalg.LinAlgError as error:
                 tried, damping = damping, max(10 * damping, 1e-4)
-                if damping > _MAX_DAMPING:
-                    raise _unfactored(tried) from error
+                if damping > MAX_DAMPING:
+                    raise unfactored(self.name, tried) from error
         if self.options.refine:
             parts = [slice(start, start + rows) for start in range(0, len(weight), rows)]
             refined = [
@@ -270,20 +252,3 @@ class Gptq(SegmentPass):
                 codes = descend_coupled(weight, codes, hessian, related, grid, spec, self.options.lazy_block)
         error = weight - dequantize(codes, grid.scale, grid.zero_point, spec.group_size)
         return codes, grid, row_losses(error, hessian) * unit
-
-    def _factor(self, hessian: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, float]:
-        """Factor the damped Hessian in visiting order, with the damping that it took."""
-        damping = self.options.percdamp
-        while damping <= _MAX_DAMPING:
-            try:
-                return upper_factor(damped(hessian, damping)[np.ix_(order, order)]), damping
-            except np.linalg.LinAlgError:
-                tried, damping = damping, max(10 * damping, 1e-4)
-        raise _unfactored(tried)
-
-
-def _unfactored(damping: float) -> NumericsError:
-    return NumericsError(
-        f"gptq: the Hessian cannot be factored even with damping {damping:g}; give more calibration samples, or leave "
-        "the site float with --ignore"
-    )

@@ -19,7 +19,8 @@ from qcompiler.errors import NumericsError, SchemeError
 from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, min_max_grid, quantize
 from qcompiler.numerics.greedy import greedy_sweep
 from qcompiler.numerics.second_order import damped, row_losses
-from qcompiler.passes.base import QuantPassResult, SegmentPass, assigned_sites, site_spec
+from qcompiler.passes.base import QuantPassResult, assigned_sites, site_spec
+from qcompiler.passes.base_segments import SegmentPass
 from qcompiler.quantized import Quantized
 from qcompiler.statistics import LayerFacts
 

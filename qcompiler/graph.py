@@ -156,9 +156,13 @@ def weight_error(site: Site) -> np.ndarray:
     return np.asarray(error if factors is None else error - factors[0] @ factors[1])
 
 
-def write_weight(site: Site, codes: np.ndarray, grid: Any, spec: WeightSpec, pass_name: str) -> QuantizedTensor:
+def write_weight(
+    site: Site, codes: np.ndarray, grid: Any, spec: WeightSpec, pass_name: str, tables: np.ndarray | None = None
+) -> QuantizedTensor:
     """Replace the site's weight by codes uint8 ``[N, K]`` on a grid ``[N, G]``; the model stays runnable."""
-    tensor = QuantizedTensor(codes, grid, spec, layout=site.layout, dtype=site.dtype, name=site.weight.name)
+    tensor = QuantizedTensor(
+        codes, grid, spec, layout=site.layout, dtype=site.dtype, name=site.weight.name, tables=tables
+    )
     site.weight.const_value = tensor
     site.node.metadata_props[PASS_KEY] = pass_name
     return tensor

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, Site, unique_name
 from qcompiler.numerics.affine import WeightSpec
+from qcompiler.numerics.codebooks import table_of_rows
 from qcompiler.numerics.formats import int_format
 from qcompiler.numerics.packing import centred, pack_codes, pack_matmul_nbits, pack_stream
 from qcompiler.targets import block_size
@@ -188,15 +189,21 @@ def stream_constants(site: Site) -> dict[str, ir.Value]:
     Every caller gets the same initializers for the same weight.
 
     Returns:
-        By name of the operator's input: B, scales and zero_points.
+        By name of the operator's input: B and scales, and zero_points, or codebook and starts.
     """
     tensor, graph = site.quantized, site.weight.graph
     assert tensor is not None and graph is not None
     made: dict[str, ir.Value] = tensor.meta.setdefault("lowered", {})
     if not made:
         spec, name = tensor.spec, site.weight.name
-        made["B"] = add_constant(graph, f"{name}_codes", pack_stream(tensor.codes(), spec.bits, spec.group_size))
+        codes = pack_stream(tensor.codes(), spec.code_bits, spec.group_size // max(spec.vector, 1))
+        made["B"] = add_constant(graph, f"{name}_codes", codes)
         made["scales"] = add_constant(graph, f"{name}_scales", tensor.scale[..., None])
+        if tensor.tables is not None:
+            starts = table_of_rows(spec, tensor.rows, tensor.columns) * spec.entries
+            made["codebook"] = add_constant(graph, f"{name}_tables", tensor.tables.reshape(-1, spec.vector))
+            made["starts"] = add_constant(graph, f"{name}_starts", starts.astype(np.int32)[:, None, None])
+            return made
         zero = tensor.zero_point[..., None] if tensor.zero_point is not None else _middle(spec)
         made["zero_points"] = add_constant(graph, f"{name}_zero_points", zero)
     return made

@@ -109,4 +109,6 @@ def build(config: CompileConfig, context: PassContext, *, text: str | None = Non
     always: list[Step] = [
         (name, {}) for name in passes.names() if name not in named and passes.load(name).applies(config)
     ]
+    # So that the place of one that runs anyway does not depend on whether it is named.
+    algorithms.sort(key=lambda step: not passes.load(step[0]).applies(config))
     return [passes.load(name)(context, options) for name, options in order([*always, *algorithms])]

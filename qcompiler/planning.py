@@ -17,7 +17,7 @@ from qcompiler.passes.base import PassContext, Stage, site_spec
 from qcompiler.report_curve import PlanPoint
 from qcompiler.session import cpu_threads, single_threaded_blas
 from qcompiler.sites import find_products, find_sites, node_names
-from qcompiler.targets import form_bytes
+from qcompiler.targets import form_bytes, stream_operator
 
 __all__ = ["Inspection", "Plan", "PlannedSite", "inspect_model", "plan_model"]
 
@@ -115,7 +115,7 @@ class Inspection:
 def _kernel(site: Site, config: CompileConfig) -> str:
     spec = site_spec(site, config)
     if spec.stream:
-        return f"MatMul{spec.bits}Bits"
+        return stream_operator(spec)
     if config.output_format == "qdq":
         return "DequantizeLinear"
     return "GatherBlockQuantized" if site.role == "embedding" else "MatMulNBits"

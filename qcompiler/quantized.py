@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.numerics.affine import Grid, WeightSpec, dequantize, storage_dtype
+from qcompiler.numerics.codebooks import decode
 from qcompiler.numerics.formats import float8_values
 from qcompiler.numerics.packing import pack_codes, unpack_codes
 
@@ -23,15 +24,16 @@ class QuantizedTensor(ir.LazyTensor):
 
     Attributes:
         packed: uint8 ``[N, ceil(K * bits / 8)]`` from `pack_codes`, in the container's bits; the middle is the grid's,
-            not the container's (see `packing.centred`).
+            not the container's (see `packing.centred`). With tables there is a code for every `spec.vector` columns.
         scale: ``[N, G]`` in the stored dtype.
         zero_point: uint8 ``[N, G]``, or None where the zero is the middle code.
         spec: The format.
         columns: K.
         layout: How the node stores the weight: see `graph.Site`.
+        tables: What codes name the entries of, ``[C, E, d]`` in the stored dtype; None where codes are numbers.
     """
 
-    __slots__ = ("columns", "layout", "packed", "scale", "spec", "zero_point")
+    __slots__ = ("columns", "layout", "packed", "scale", "spec", "tables", "zero_point")
 
     def __init__(
         self,
@@ -42,15 +44,17 @@ class QuantizedTensor(ir.LazyTensor):
         layout: str,
         dtype: ir.DataType,
         name: str | None = None,
+        tables: np.ndarray | None = None,
     ) -> None:
-        """Pack `codes` uint8 ``[N, K]`` on `grid`; `dtype` is what `numpy()` returns."""
-        self.packed = pack_codes(codes, spec.bits)
+        """Pack `codes` uint8 ``[N, K]`` on `grid`, or of `tables`; `dtype` is what `numpy()` returns."""
+        self.packed = pack_codes(codes, spec.code_bits)
         # Rounded as the file will hold it; where the model becomes float16 only later, float32 until then.
         scale = grid.scale.astype(storage_dtype(spec.scale_dtype))
         self.scale = scale.astype(np.float32) if dtype == ir.DataType.FLOAT else scale
         self.zero_point = None if spec.symmetric else grid.zero_point.astype(np.uint8)
-        self.spec, self.columns, self.layout = spec, codes.shape[1], layout
-        shape = stored_shape(layout, len(codes), codes.shape[1])
+        self.tables = None if tables is None else tables.astype(self.scale.dtype)
+        self.spec, self.columns, self.layout = spec, codes.shape[1] * max(spec.vector, 1), layout
+        shape = stored_shape(layout, len(codes), self.columns)
         super().__init__(self._evaluate_float, dtype, ir.Shape(shape), name=name)
 
     @property
@@ -66,17 +70,21 @@ class QuantizedTensor(ir.LazyTensor):
     @property
     def stored_bytes(self) -> int:
         """Bytes of packed codes, scales and zero points together."""
+        scale_bytes = self.scale.size * storage_dtype(self.spec.scale_dtype).itemsize
+        if self.tables is not None:
+            return int(self.packed.nbytes + scale_bytes + self.tables.nbytes)
         width = self.spec.format.container
         zero_bytes = 0 if self.zero_point is None else self.rows * -(-self.zero_point.shape[1] * width // 8)
-        scale_bytes = self.scale.size * storage_dtype(self.spec.scale_dtype).itemsize
         return int(self.packed.nbytes + scale_bytes + zero_bytes)
 
     def codes(self) -> np.ndarray:
-        """Codes uint8 ``[N, K]``."""
-        return unpack_codes(self.packed, self.spec.bits, self.columns)
+        """Codes uint8 ``[N, K]``, or ``[N, K / d]`` where they name entries of tables."""
+        return unpack_codes(self.packed, self.spec.code_bits, self.columns // max(self.spec.vector, 1))
 
     def dequantized(self) -> np.ndarray:
         """Values float32 ``[N, K]``."""
+        if self.tables is not None:
+            return decode(self.codes(), self.tables.astype(np.float32), self.scale.astype(np.float32), self.spec)
         zero: Any = self.zero_point
         if zero is None:
             zero = np.full(self.scale.shape, 0 if self.spec.fp8 else self.spec.format.mid, np.uint8)
@@ -114,11 +122,12 @@ class Quantized:
     """What a weight algorithm returns.
 
     Attributes:
-        codes: uint8 ``[N, K]``.
+        codes: uint8 ``[N, K]``, or ``[N, K / d]`` where they name entries of tables.
         grid: Scale and zero point ``[N, G]``.
         remark: For the record's reason.
         loss: Of each row, float64 ``[N]``, the error that the algorithm minimized; None if it minimized none.
         energy: What `loss` would be if all codes meant zero, float64 ``[N]``.
+        tables: float32 ``[C, E, d]``, what codes name the entries of; None where they are numbers.
     """
 
     codes: np.ndarray
@@ -126,6 +135,7 @@ class Quantized:
     remark: str = ""
     loss: np.ndarray | None = None
     energy: np.ndarray | None = None
+    tables: np.ndarray | None = None
 
     def metrics(self, rows: slice) -> dict[str, float]:
         """Figures about some of the rows, for a record."""
@@ -150,7 +160,10 @@ class Quantized:
 
     def arrays(self, spec: WeightSpec) -> dict[str, np.ndarray]:
         """All of it as arrays, for a checkpoint."""
-        found = {"codes": pack_codes(self.codes, spec.bits), "scale": self.grid.scale, "zero": self.grid.zero_point}
+        codes = pack_codes(self.codes, spec.code_bits)
+        found = {"codes": codes, "scale": self.grid.scale, "zero": self.grid.zero_point}
+        if self.tables is not None:
+            found["tables"] = self.tables
         found["remark"] = np.frombuffer(self.remark.encode(), np.uint8)
         if self.loss is not None and self.energy is not None:
             found.update(loss=self.loss, energy=self.energy)
@@ -159,5 +172,6 @@ class Quantized:
     @classmethod
     def of(cls, arrays: dict[str, np.ndarray], spec: WeightSpec, columns: int) -> "Quantized":
         """The reverse of `arrays`."""
-        codes, grid = unpack_codes(arrays["codes"], spec.bits, columns), Grid(arrays["scale"], arrays["zero"])
-        return cls(codes, grid, arrays["remark"].tobytes().decode(), arrays.get("loss"), arrays.get("energy"))
+        codes = unpack_codes(arrays["codes"], spec.code_bits, columns // max(spec.vector, 1))
+        grid, remark = Grid(arrays["scale"], arrays["zero"]), arrays["remark"].tobytes().decode()
+        return cls(codes, grid, remark, arrays.get("loss"), arrays.get("energy"), arrays.get("tables"))

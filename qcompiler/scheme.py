@@ -4,11 +4,12 @@
     BITS     = "2" | "3" | "4" | "8" | "1.58" (ternary: minus one, zero and one times a scale)
     WIDTH    = "16" (activations stay float) | "8" | "16int"
     option   = "g" SIZE | "channel" | "head" SIZE | "sym" | "asym" | "static" | "dynamic" | "tensor" | "token" | "fp8"
+             | "lut" | "vq2" | "vq4" (codes name entries of learned tables, each for 1, 2 or 4 columns)
 
 What a scheme leaves open is filled in by the target (`Scheme.resolve`), so that the same text means the form that each
 target runs fast. With integer activations weights are symmetric, and "sym" and "asym" speak of the activations. In the
 block form (weights of 2 to 4 bits, or a group size) the kernel quantizes activations itself, and "sym" and "asym" speak
-of the weights.
+of the weights. Tables have 8, 16 or 256 entries: BITS times columns is 3, 4 or 8, and BITS may be 1 there.
 """
 
 import re
@@ -44,6 +45,7 @@ _TWICE = {
     "dynamic": "says twice when activations are quantized; keep one of -static and -dynamic",
     "shared": "gives two granularities of activations; keep one of -tensor and -token",
     "fp8": "says -fp8 twice",
+    "vector": "gives two kinds of tables; keep one of -lut, -vq2 and -vq4",
 }
 # What only speaks of activations that the graph quantizes.
 _OF_CODES = ("dynamic", "shared", "fp8")
@@ -56,7 +58,12 @@ _WORDS: dict[str, tuple[str, Any]] = {
     "token": ("shared", "token"),
     "channel": ("granularity", ("g", 0)),
     "fp8": ("fp8", True),
+    "lut": ("vector", 1),
+    "vq2": ("vector", 2),
+    "vq4": ("vector", 4),
 }
+# Widths of codes that name entries of tables.
+_CODE_BITS = (3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ class Scheme:
         activations: How activations are quantized; None keeps them float.
         head_size: Output channels that share a scale; 0 gives each its own.
         ternary: Of the codes of 2 bits only the three around zero are used; symmetric.
+        vector: Columns that share a code, where codes name entries of learned tables; 0 where codes are numbers.
     """
 
     bits: int
@@ -102,6 +110,7 @@ class Scheme:
     activations: Activations | None = None
     head_size: int = 0
     ternary: bool = False
+    vector: int = 0
 
     @property
     def spelled_out(self) -> bool:
@@ -118,7 +127,8 @@ class Scheme:
         if width[2] not in ("16", "8", "16int"):
             raise SchemeError(f"scheme '{text}': activations of {width[2]} bits are not available; expected {_GRAMMAR}")
         ternary = width[1] == _TERNARY
-        if not ternary and (not width[1].isdigit() or int(width[1]) not in FORMATS):
+        tables = any(_WORDS.get(option, ("",))[0] == "vector" for option in options)
+        if not ternary and width[1] not in {*map(str, FORMATS), *(("1",) if tables else ())}:
             known = ", ".join((_TERNARY, *map(str, FORMATS)))
             raise SchemeError(f"scheme '{text}': weights of {width[1]} bits are not available; known widths: {known}")
         given: dict[str, Any] = {}
@@ -127,10 +137,31 @@ class Scheme:
             if kind in given:
                 raise SchemeError(f"scheme '{text}' {_TWICE[kind]}")
             given[kind] = value
+        if tables:
+            return cls._of_tables(width[1], width[2], given, text)
         made = cls._made(2 if ternary else int(width[1]), width[2], given, text)
         if ternary and made.symmetric is False:
             raise SchemeError(f"scheme '{text}': ternary weights are symmetric; drop -asym, or use w2a16-asym")
         return replace(made, ternary=True, symmetric=True) if ternary else made
+
+    @classmethod
+    def _of_tables(cls, bits: str, width: str, given: dict[str, Any], text: str) -> "Scheme":
+        """A scheme whose codes name entries of tables."""
+        vector, others = given.pop("vector"), given.keys() - {"granularity"}
+        unit, size = given.get("granularity", ("g", None))
+        if others or unit != "g" or width != "16" or bits == _TERNARY:
+            raise SchemeError(
+                f"scheme '{text}': tables go with float activations and a group size or -channel alone, for example "
+                "w4a16-lut-g64"
+            )
+        if int(bits) * vector not in _CODE_BITS:
+            raise SchemeError(
+                f"scheme '{text}': {bits} bits for each of {vector} columns are a code of {int(bits) * vector}; "
+                f"kernels know codes of {', '.join(map(str, _CODE_BITS))} bits"
+            )
+        if size and size < 8 * vector:
+            raise SchemeError(f"scheme '{text}': a group has at least 8 codes; give -g{8 * vector} or more")
+        return cls(int(bits), size, True, vector=vector)
 
     @classmethod
     def _made(cls, bits: int, width: str, given: dict[str, Any], text: str) -> "Scheme":
@@ -198,6 +229,11 @@ class Scheme:
             return WeightSpec(8, columns, True, False, scale_dtype, self.head_size, reduced, self.activations.fp8)
         group_size = self.group_size or (-(-columns // 64) * 64 if stream else columns)
         signed = signed_scale and not self.ternary  # without the sign of a scale the lowest code is left out
+        if self.vector:
+            whole = -(-columns // 64) * 64  # one scale a row
+            return WeightSpec(
+                self.bits, self.group_size or whole, True, True, scale_dtype, stream=True, vector=self.vector
+            )
         return WeightSpec(self.bits, group_size, self.symmetric, signed, scale_dtype, stream=stream)
 
     def __str__(self) -> str:
@@ -210,6 +246,8 @@ class Scheme:
             text += f"-head{self.head_size}"
         elif self.group_size is not None and not self.spelled_out:
             text += f"-g{self.group_size}" if self.group_size else "-channel"
+        if self.vector:
+            return text + ("-lut" if self.vector == 1 else f"-vq{self.vector}")
         symmetric = self.symmetric
         if a is not None and self.spelled_out:
             symmetric = a.symmetric

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
 from qcompiler.numerics.affine import WeightSpec, storage_dtype
+from qcompiler.numerics.codebooks import table_rows
 from qcompiler.numerics.formats import int_format
 from qcompiler.scheme import GROUP_SIZES, Scheme
 
@@ -31,6 +32,7 @@ __all__ = [
     "qdq_opset",
     "qdq_width",
     "site_refusal",
+    "stream_operator",
 ]
 
 # ONNX Runtime 1.31 refuses anything newer.
@@ -119,8 +121,15 @@ def needs_operators(site: "Site", scheme: Scheme, config: CompileConfig) -> bool
         and config.output_format == "matmulnbits"
         and site.role != "embedding"
         and scheme.activations is None
-        and int_format(scheme.bits).container != scheme.bits
+        and (bool(scheme.vector) or int_format(scheme.bits).container != scheme.bits)
     )
+
+
+def stream_operator(spec: WeightSpec) -> str:
+    """The operator of our own that runs a weight whose codes are a stream."""
+    if spec.vector:
+        return f"MatMulCodebook{spec.entries}"
+    return f"MatMul{spec.bits}Bit" + ("s" if spec.bits > 1 else "")
 
 
 def default_accuracy_level(bits: int) -> int:
@@ -148,8 +157,11 @@ def block_size(spec: WeightSpec, columns: int) -> int:
 def lowered_bytes(spec: WeightSpec, rows: int, columns: int) -> int:
     """Bytes of an [N, K] weight's codes, scales and zero points as the block-quantized operators store them."""
     if spec.stream:
-        groups = spec.groups(columns)
-        each = spec.group_size * spec.bits // 8 + storage_dtype(spec.scale_dtype).itemsize
+        groups, size = spec.groups(columns), storage_dtype(spec.scale_dtype).itemsize
+        each = spec.group_size * spec.bits // 8 + size
+        if spec.vector:
+            tables = -(-rows // table_rows(spec, rows, columns))
+            return rows * groups * each + tables * spec.entries * spec.vector * size + 4 * rows
         return rows * groups * (each + (0 if spec.symmetric else 1))
     size, width = block_size(spec, columns), spec.format.container
     blocks = -(-columns // size)
@@ -180,6 +192,8 @@ def site_refusal(site: "Site", scheme: Scheme, config: CompileConfig) -> str:
         return _integer_refusal(site, scheme, config.target)
     if site.not_linear:
         return site.not_linear
+    if scheme.vector:
+        return _table_refusal(site, scheme, config)
     if site.role == "embedding" and config.output_format == "qdq" and scheme.bits != 8:
         return f"no portable operator looks up {scheme.bits}-bit rows; use --embedding w8a16 or --embedding float"
     if site.role == "embedding" and site.columns < (scheme.group_size or 16):
@@ -188,6 +202,22 @@ def site_refusal(site: "Site", scheme: Scheme, config: CompileConfig) -> str:
         return "a convolution behind DequantizeLinear runs slower than in float"
     if config.output_format == "qdq" and scheme.activations is not None:
         return "no operator but MatMulNBits quantizes activations by blocks; use --format matmulnbits"
+    return ""
+
+
+def _table_refusal(site: "Site", scheme: Scheme, config: CompileConfig) -> str:
+    """The same for codes that name entries of tables."""
+    if site.role == "embedding":
+        return "no operator looks up rows of codes that name entries of tables; use --embedding w8a16"
+    if site.columns % scheme.vector:
+        return f"{site.columns} columns are no multiple of {scheme.vector}, which share a code"
+    if site.dtype == ir.DataType.BFLOAT16:
+        return "our own operators have no bfloat16 kernel; convert the model to float32"
+    if not needs_operators(site, scheme, config):
+        return (
+            "tables need our own operators, which run on the CPU; allow them with --custom-ops always, without "
+            "--format qdq or another --target"
+        )
     return ""
 
 

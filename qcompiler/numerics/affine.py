@@ -51,6 +51,8 @@ class WeightSpec:
             that add them there (x86 before VNNI).
         fp8: Codes are the bits of 8-bit floats (E4M3) in the place of integers.
         stream: Codes are stored in just as many bits, and zero points in bytes: the form of our own operators.
+        vector: Columns of a row that share a code where codes name entries of learned tables (see `codebooks`), which
+            are symmetric and a stream; 0 where codes are numbers.
     """
 
     bits: int
@@ -62,6 +64,17 @@ class WeightSpec:
     reduced: bool = False
     fp8: bool = False
     stream: bool = False
+    vector: int = 0
+
+    @property
+    def code_bits(self) -> int:
+        """Width of a code."""
+        return self.bits * max(self.vector, 1)
+
+    @property
+    def entries(self) -> int:
+        """How many values a code can have: the entries of a table."""
+        return 1 << self.code_bits
 
     @property
     def format(self) -> IntFormat:
@@ -81,7 +94,9 @@ class WeightSpec:
         return -(-columns // self.group_size)
 
     def stored_bits(self, columns: int) -> float:
-        """Bits per weight with scales and zero points included, as they lie in the file."""
+        """Bits per weight with scales and zero points included, as they lie in the file; tables are not."""
+        if self.vector:
+            return self.bits + self.groups(columns) * 8 * storage_dtype(self.scale_dtype).itemsize / columns
         width, zero = (self.bits, 8) if self.stream else (self.format.container, self.format.container)
         scale_bits = 8 * storage_dtype(self.scale_dtype).itemsize + (0 if self.symmetric else zero)
         return width + self.groups(columns) * scale_bits / columns

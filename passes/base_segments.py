@@ -1,0 +1,172 @@
+"""Weight algorithms that measure activations, segment by segment."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.checkpoints import Arrays, code_version, digest_of
+from qcompiler.errors import CalibrationError, NumericsError
+from qcompiler.graph import Site
+from qcompiler.numerics.affine import WeightSpec
+from qcompiler.numerics.second_order import damped, shift, supported_share, upper_factor
+from qcompiler.passes.base import (
+    QuantPassResult,
+    WeightQuantizer,
+    assigned_sites,
+    checked_weight,
+    site_spec,
+    streaming,
+)
+from qcompiler.quantized import Quantized
+from qcompiler.records import SiteRecord
+from qcompiler.segments import plan_segments
+from qcompiler.shared_tables import read_products
+from qcompiler.statistics import LayerFacts
+from qcompiler.streaming import Reading, TokenCounts
+
+__all__ = ["MAX_DAMPING", "SegmentPass", "factor_of", "made_up", "unfactored"]
+
+# As a fraction of diag(H).
+MAX_DAMPING = 1.0
+
+
+class SegmentPass(WeightQuantizer):
+    """A weight algorithm that measures activations; runs segment by segment (see `segments`)."""
+
+    scope = "segment"
+    needs_calibration = True
+    # Whether it is fast enough for lookup tables, which have many rows.
+    takes_tables: ClassVar[bool] = True
+
+    def sites(self, model: ir.Model) -> list[Site]:
+        """What it quantizes."""
+        return assigned_sites(model)
+
+    @property
+    def wants_drift(self) -> bool:
+        """Whether `LayerFacts.drift` is to be measured, which takes another run of the float model beside."""
+        return False
+
+    @property
+    def guidance(self) -> TokenCounts | None:
+        """What tells how much tokens count, while the pass runs; None counts all the same."""
+        return None
+
+    def call(self, model: ir.Model) -> QuantPassResult:
+        """Quantize what has no activations to measure, then level by level what has.
+
+        The former comes first, so that the measured sites see its error.
+        """
+        records: list[SiteRecord] = []
+        context = self.context
+        records += self._shared_tables(model)
+        for site in self.sites(model):
+            where = f"inside the body of {site.nested}" if site.nested else "a lookup table has no activations"
+            if site.nested or site.role == "embedding":
+                records += self._remembered([site], None, f"{where}, rounded to nearest")
+        measured = self.sites(model)
+        if measured:
+            if context.calibration is None or not len(context.calibration.batches):
+                raise CalibrationError(f"{self.name} needs calibration data; give --calibration PATH, or use rtn")
+
+            def on_reading(sites: list[Site], reading: Reading) -> None:
+                for group in self.by_spec(sites):
+                    records.extend(self._remembered(group, reading))
+
+            how = streaming(context, self.name, sequential=context.config.sequential, drift=self.wants_drift)
+            run = replace(how, guidance=self.guidance)
+            run.visit(model, plan_segments(model, measured), context.calibration.batches, on_reading)
+        return QuantPassResult(model, bool(records), tuple(records))
+
+    def _shared_tables(self, model: ir.Model) -> list[SiteRecord]:
+        """Quantize tables that are also the weights of products, for both; at 8 bits nothing is to be gained."""
+        context, records = self.context, list[SiteRecord]()
+        tables = [site for site in self.sites(model) if site.role == "embedding" and not site.nested]
+        tables = [site for site in tables if site_spec(site, context.config).bits < 8]
+        remark = "for lookups and for the product that shares its weight"
+
+        def on_table(table: Site, reading: Reading) -> None:
+            records.extend(self._remembered([table], reading, remark))
+
+        if self.takes_tables:
+            how = streaming(context, self.name, sequential=False)
+            read_products(model, tables, context.batches, how, on_table)
+        return records
+
+    def _remembered(self, sites: list[Site], reading: Reading | None, remark: str = "") -> list[SiteRecord]:
+        """The same as `quantize_sites`, with the codes of an interrupted run where it got as far."""
+        if self.context.checkpoints is None:
+            return self.quantize_sites(sites, reading.facts if reading is not None else None, remark)
+        spec, weights = site_spec(sites[0], self.context.config), [checked_weight(site) for site in sites]
+
+        def key() -> str:
+            read = reading.digest if reading is not None else code_version()
+            return digest_of("codes", read, str(self), self.context.config.seed, spec, weights)
+
+        def make() -> Arrays:
+            return self._stacked(sites, weights, reading.facts if reading is not None else None).arrays(spec)
+
+        arrays = self.context.remember(self.name, len(sites), key, make)
+        return self._written(sites, weights, Quantized.of(arrays, spec, sites[0].columns), remark)
+
+    def by_spec(self, sites: Iterable[Site]) -> list[list[Site]]:
+        """Group sites by their spec, in order."""
+        groups: dict[WeightSpec, list[Site]] = {}
+        for site in sites:
+            groups.setdefault(site_spec(site, self.context.config), []).append(site)
+        return list(groups.values())
+
+
+def made_up(weight: np.ndarray, facts: LayerFacts, share: float, percdamp: float) -> np.ndarray:
+    """The weight that makes up for what the layers before did, as far as that holds on held-out data.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        facts: Of its activation.
+        share: The most that is made up for, 0 to 1.
+        percdamp: Damping of the Hessian.
+
+    Returns:
+        float32 ``[N, K]``; the weight itself where nothing is known, or nothing holds.
+    """
+    part, residual = facts.held_out, facts.residual
+    if facts.drift is None:
+        return weight
+    if part is not None and part.drift is not None:
+        rest = damped(facts.hessian - part.hessian, percdamp)
+        apart = None if residual is None or part.residual is None else residual - part.residual
+        found = shift(weight, facts.drift - part.drift, rest, apart)
+        share *= supported_share(weight, found, part.drift, part.hessian, part.residual)
+    if not share:
+        return weight
+    change = shift(weight, facts.drift, damped(facts.hessian, percdamp), residual)
+    return np.asarray(weight + np.float32(share) * change)
+
+
+def factor_of(hessian: np.ndarray, order: np.ndarray, percdamp: float, name: str) -> tuple[np.ndarray, float]:
+    """Factor a damped Hessian in visiting order for the pass called `name`; damping grows until that is possible.
+
+    Returns:
+        `upper_factor`, and the damping that it took.
+
+    Raises:
+        NumericsError: No damping is enough.
+    """
+    damping = tried = percdamp
+    while damping <= MAX_DAMPING:
+        try:
+            return upper_factor(damped(hessian, damping)[np.ix_(order, order)]), damping
+        except np.linalg.LinAlgError:
+            tried, damping = damping, max(10 * damping, 1e-4)
+    raise unfactored(name, tried)
+
+
+def unfactored(name: str, damping: float) -> NumericsError:
+    """The error of a pass that cannot factor a Hessian."""
+    return NumericsError(
+        f"{name}: the Hessian cannot be factored even with damping {damping:g}; give more calibration samples, or "
+        "leave the site float with --ignore"
+    )

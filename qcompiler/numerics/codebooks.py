@@ -1,0 +1,335 @@
+"""Codebooks: codes that name entries of learned tables in the place of numbers on a grid.
+
+A weight ``[N, K]`` has scales ``[N, G]`` like any other, and a code for every d columns of a row. Code c of a row
+stands for ``table[c] * scale``, the table being the one of the row's block of rows. Tables are found by k-means,
+weighted by the diagonal of H (Kim et al. 2023, SqueezeLLM, arXiv:2306.07629), and codes by a sweep with error feedback
+(van Baalen et al. 2024, GPTVQ, arXiv:2402.15319). Then tables are solved for with the codes as they are, and so on.
+
+Shapes: W ``[N, K]``; scale ``[N, G]``; tables ``[C, E, d]``; codes ``[N, K / d]``; H ``[K, K]``.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from qcompiler.errors import NumericsError
+from qcompiler.numerics.affine import WeightSpec, stored_scale
+
+__all__ = [
+    "decode",
+    "fit_tables",
+    "group_scales",
+    "k_means",
+    "nearest",
+    "refit_tables",
+    "sweep_codebooks",
+    "table_of_rows",
+    "table_rows",
+]
+
+# Bits per weight that tables may cost; the more rows share one, the less it costs and the worse it fits.
+_OVERHEAD = 0.05
+_ROUNDS = 20
+# Turns of fitting tables and searching scales, and shares of a scale that are tried.
+_TURNS = 3
+_SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62)
+# Entries times columns up to which tables are solved for, which takes as many products with H.
+_SOLVED = 64
+# Centres up to which the best are found in one dimension, and bins in which values lie then.
+_SPLIT, _BINS = 16, 256
+# Vectors that a table is found from by k-means.
+_POINTS = 1 << 15
+# Distances that are held at a time.
+_HELD = 1 << 22
+
+
+def table_rows(spec: WeightSpec, rows: int, columns: int) -> int:
+    """Rows that share a table, in whole eights or all of them."""
+    stored = spec.entries * spec.vector * (16 if spec.scale_dtype == "float16" else 32)
+    wanted = -(-stored // max(1, int(_OVERHEAD * columns * 8))) * 8
+    return min(rows, wanted)
+
+
+def table_of_rows(spec: WeightSpec, rows: int, columns: int) -> np.ndarray:
+    """The table of each row of an [N, K] weight, int32 ``[N]``."""
+    return (np.arange(rows) // table_rows(spec, rows, columns)).astype(np.int32)
+
+
+def group_scales(weight: np.ndarray, spec: WeightSpec) -> np.ndarray:
+    """The value of largest magnitude of each group, with its sign: float32 ``[N, G]``, as it is stored."""
+    rows, columns = weight.shape
+    groups = np.pad(weight, ((0, 0), (0, -columns % spec.group_size))).reshape(rows, -1, spec.group_size)
+    place = np.abs(groups).argmax(-1, keepdims=True)
+    return stored_scale(np.take_along_axis(groups, place, -1)[..., 0].astype(np.float32), spec)
+
+
+def decode(codes: np.ndarray, tables: np.ndarray, scale: np.ndarray, spec: WeightSpec) -> np.ndarray:
+    """The values float32 ``[N, K]`` that codes stand for."""
+    rows, columns = len(codes), codes.shape[1] * spec.vector
+    found = tables[table_of_rows(spec, rows, columns)[:, None], codes].reshape(rows, columns)
+    return np.asarray(found * scale.repeat(spec.group_size, axis=1)[:, :columns], np.float32)
+
+
+def k_means(points: np.ndarray, weights: np.ndarray, entries: int, seed: int) -> np.ndarray:
+    """The centres of weighted k-means: least ``sum_i w_i |x_i - c|^2``.
+
+    Few centres in one dimension start from the best for values in bins, others from points that are drawn. A centre
+    that nothing is nearest to goes to the point that costs most.
+
+    Args:
+        points: float32 ``[n, d]``.
+        weights: float32 ``[n]``, what each counts.
+        entries: How many centres.
+        seed: Of the points that more than one dimension starts from.
+
+    Returns:
+        float32 ``[E, d]``, in rising order of the first column; fewer different points than centres leave some equal.
+    """
+    points, weights = points.astype(np.float32), np.maximum(weights.astype(np.float64), 1e-30)
+    if points.shape[1] > 1 and len(points) > _POINTS:
+        some = np.linspace(0, len(points) - 1, _POINTS).astype(int)
+        points, weights = points[some], weights[some]
+    split = points.shape[1] == 1 and entries <= _SPLIT
+    centres = _split(points[:, 0], weights, entries) if split else _seeded(points, weights, entries, seed)
+    for _ in range(_ROUNDS):
+        codes, cost = nearest(points, centres[None], np.zeros(len(points), np.int32))
+        total = np.bincount(codes, weights, entries)
+        sums = [np.bincount(codes, weights * column, entries) for column in points.T.astype(np.float64)]
+        moved = (np.stack(sums, 1) / np.maximum(total, 1e-30)[:, None]).astype(np.float32)
+        empty = np.flatnonzero(total == 0)
+        if len(empty):
+            moved[empty] = points[np.argsort(-cost * weights, kind="stable")[: len(empty)]]
+        if np.array_equal(moved, centres):
+            break
+        centres = moved
+    return np.ascontiguousarray(centres[np.argsort(centres[:, 0], kind="stable")])
+
+
+def _split(values: np.ndarray, weights: np.ndarray, entries: int) -> np.ndarray:
+    """The best centres ``[E, 1]`` for values that lie in a few hundred bins, by dynamic programming."""
+    order = np.argsort(values, kind="stable")
+    bins = np.arange(len(values)) * min(_BINS, len(values)) // len(values)
+    x, w = values[order].astype(np.float64), weights[order]
+    mass, first, second = (np.concatenate([[0], np.cumsum(np.bincount(bins, w * x**power))]) for power in range(3))
+    start, stop = np.arange(len(mass))[:, None], np.arange(len(mass))
+    total = np.where(stop > start, mass - mass[:, None], 1)
+    apart = (second - second[:, None]) - np.square(first - first[:, None]) / np.maximum(total, 1e-300)
+    apart = np.where(stop > start, np.maximum(apart, 0), np.where(stop == start, 0, np.inf))  # [from, to]
+    least, cuts = apart[0], []
+    for _ in range(entries - 1):
+        every = least[:, None] + apart
+        cuts.append(every.argmin(0))
+        least = every.min(0)
+    ends = [len(mass) - 1]
+    for cut in reversed(cuts):
+        ends.append(int(cut[ends[-1]]))
+    edges = np.array([0, *reversed(ends)])
+    mean = np.diff(first[edges]) / np.maximum(np.diff(mass[edges]), 1e-300)
+    mean[np.diff(edges) == 0] = x[-1]
+    return np.asarray(mean[:, None], np.float32)
+
+
+def _seeded(points: np.ndarray, weights: np.ndarray, entries: int, seed: int) -> np.ndarray:
+    """Points ``[E, d]`` drawn as k-means++ does (Arthur and Vassilvitskii 2007): by what they still cost."""
+    random = np.random.default_rng(seed)
+    chosen = [int(random.choice(len(points), p=weights / weights.sum()))]
+    cost = weights * np.square(points - points[chosen[0]]).sum(-1, dtype=np.float64)
+    for _ in range(entries - 1):
+        upto = np.cumsum(cost)
+        chosen.append(min(int(np.searchsorted(upto, random.random() * upto[-1], "right")), len(points) - 1))
+        cost = np.minimum(cost, weights * np.square(points - points[chosen[-1]]).sum(-1, dtype=np.float64))
+    return points[chosen]
+
+
+def nearest(points: np.ndarray, tables: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest entry of each point's table.
+
+    Args:
+        points: float32 ``[n, d]``.
+        tables: float32 ``[C, E, d]``.
+        table: int ``[n]``.
+
+    Returns:
+        Codes int ``[n]`` and squared distances float32 ``[n]``.
+    """
+    if len(tables) == 1:
+        codes = _nearest_of_one(points, tables[0])
+    else:
+        codes = np.empty(len(points), np.int64)
+        step = max(1, _HELD // (tables.shape[1] * tables.shape[2]))
+        for start in range(0, len(points), step):
+            part = slice(start, start + step)
+            codes[part] = np.square(points[part, None] - tables[table[part]]).sum(-1).argmin(1)
+    return codes, np.square(points - tables[table, codes]).sum(-1)
+
+
+def _nearest_of_one(points: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The same for one table ``[E, d]``."""
+    if points.shape[1] == 1:
+        order = np.argsort(table[:, 0], kind="stable")
+        ordered = table[order, 0]
+        return np.asarray(order[np.searchsorted((ordered[1:] + ordered[:-1]) / 2, points[:, 0])])
+    codes, size = np.empty(len(points), np.int64), np.square(table).sum(-1)
+    step = max(1, _HELD // len(table))
+    for start in range(0, len(points), step):
+        # But for |x|^2, which all entries have.
+        codes[start : start + step] = (size - 2 * points[start : start + step] @ table.T).argmin(1)
+    return codes
+
+
+def fit_tables(
+    weight: np.ndarray, importance: np.ndarray | None, spec: WeightSpec, seed: int, threads: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tables and scales for a weight.
+
+    Tables are fitted to the weight in its scales, then scales are searched for that suit the tables, in turns.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        importance: ``[K]``, what the squared error of each column counts; None counts all the same.
+        spec: Target format.
+        seed: See `k_means`.
+        threads: Tables that are fitted at the same time.
+
+    Returns:
+        Tables float32 ``[C, E, d]`` and scales float32 ``[N, G]``.
+    """
+    rows, columns = weight.shape
+    each = table_rows(spec, rows, columns)
+    counts = np.ones(columns, np.float32) if importance is None else np.maximum(importance, 1e-12)
+    counts = counts.reshape(-1, spec.vector).mean(-1)  # [K / d]
+    parts = [weight[start : start + each] for start in range(0, rows, each)]
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda part: _fitted(part, counts, spec, seed), parts))
+    return np.stack([table for table, _ in found]), np.concatenate([scale for _, scale in found])
+
+
+def _fitted(weight: np.ndarray, counts: np.ndarray, spec: WeightSpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The table ``[E, d]`` and the scales of rows that share it."""
+    scale = group_scales(weight, spec)
+    for turn in range(_TURNS):
+        wide = _wide(scale, spec, weight.shape[1])
+        points = (weight / wide).reshape(-1, spec.vector)
+        table = k_means(points, (np.square(wide[:, :: spec.vector]) * counts).reshape(-1), spec.entries, seed)
+        if turn < _TURNS - 1:
+            scale = _searched(weight, counts, table, scale, spec)
+    return table, scale
+
+
+def _wide(scale: np.ndarray, spec: WeightSpec, columns: int) -> np.ndarray:
+    """The scale of each column, ``[N, K]``."""
+    return np.asarray(scale.repeat(spec.group_size, axis=1)[:, :columns])
+
+
+def _searched(
+    weight: np.ndarray, counts: np.ndarray, table: np.ndarray, scale: np.ndarray, spec: WeightSpec
+) -> np.ndarray:
+    """Scales ``[N, G]`` at which the nearest entries of a table leave the least error in each group."""
+    rows, columns = weight.shape
+    starts = np.arange(0, columns // spec.vector, spec.group_size // spec.vector)
+    best, least = scale, np.full(scale.shape, np.inf)
+    for share in _SHARES:
+        tried = stored_scale(scale * np.float32(share), spec)
+        wide = _wide(tried, spec, columns)
+        _, apart = nearest((weight / wide).reshape(-1, spec.vector), table[None], np.zeros(1, np.int32))
+        cost = apart.reshape(rows, -1) * np.square(wide[:, :: spec.vector]) * counts
+        cost = np.add.reduceat(cost, starts, axis=1)
+        best, least = np.where(cost < least, tried, best), np.minimum(cost, least)
+    return best
+
+
+def sweep_codebooks(
+    weight: np.ndarray,
+    factor: np.ndarray,
+    tables: np.ndarray,
+    scale: np.ndarray,
+    spec: WeightSpec,
+    order: np.ndarray,
+    lazy_block: int = 128,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find codes for the columns of a weight, d at a time, each making up for the errors of those before.
+
+    With ``A A^T = H`` the loss of a row's error e is ``|e A|^2``. A block b of d columns adds
+    ``|(e_b + u) A_bb|^2``, u being what the columns before leave: ``sum_j e_j A_jb A_bb^-1``.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        factor: float64 ``[K, K]``, `upper_factor` of the damped Hessian in visiting order.
+        tables: float32 ``[C, E, d]``.
+        scale: float32 ``[N, G]``.
+        spec: Target format.
+        order: int ``[K]``, the visiting order; d columns that share a code follow one another.
+        lazy_block: Columns between two updates with matrix products.
+
+    Returns:
+        Codes uint8 ``[N, K / d]`` and the loss of each row, float64 ``[N]``.
+    """
+    rows, columns = weight.shape
+    d = spec.vector
+    if columns % d or np.any(order.reshape(-1, d) // d != order[::d, None] // d):
+        raise NumericsError(f"columns that share a code have to follow one another, {d} at a time")
+    table = table_of_rows(spec, rows, columns)
+    values = np.ascontiguousarray(weight[:, order])
+    errors = np.empty((rows, columns), np.float32)
+    codes, loss = np.empty((rows, columns // d), np.uint8), np.zeros(rows)
+    steps = max(1, lazy_block // d) * d
+    for begin in range(0, columns, steps):
+        end = min(begin + steps, columns)
+        carried = errors[:, :begin] @ factor[:begin, begin:end].astype(np.float32)  # [N, block]
+        for start in range(begin, end, d):
+            block = slice(start, start + d)
+            own = factor[block, block].astype(np.float32)
+            known = carried[:, start - begin : start - begin + d]
+            known = known + errors[:, begin:start] @ factor[begin:start, block].astype(np.float32)
+            size = scale[:, order[start] // spec.group_size, None]
+            wanted = values[:, block] @ own + known  # [N, d], less what the entry is worth
+            found, apart = nearest(wanted / size, tables @ own, table)
+            place = order[start] // d
+            codes[:, place] = found
+            errors[:, block] = values[:, block] - tables[table, found] * size
+            loss += apart.astype(np.float64) * np.square(size[:, 0])
+    return codes, loss
+
+
+def refit_tables(
+    weight: np.ndarray,
+    codes: np.ndarray,
+    tables: np.ndarray,
+    scale: np.ndarray,
+    hessian: np.ndarray,
+    spec: WeightSpec,
+) -> np.ndarray:
+    """The tables that leave the least ``tr((W - Q) H (W - Q)^T)`` with the codes as they are.
+
+    Entries that no code names stay, and so do tables of more than 64 entries times columns.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        codes: uint8 ``[N, K / d]``.
+        tables: float32 ``[C, E, d]``.
+        scale: float32 ``[N, G]``.
+        hessian: float32 ``[K, K]``, damped.
+        spec: Target format.
+
+    Returns:
+        float32 ``[C, E, d]``.
+    """
+    (count, entries, d), columns = tables.shape, weight.shape[1]
+    if entries * d > _SOLVED:
+        return tables
+    table, wide = table_of_rows(spec, *weight.shape), scale.repeat(spec.group_size, axis=1)[:, :columns]
+    slots = codes.astype(np.int64).repeat(d, axis=1) * d + np.arange(columns) % d  # [N, K], into E d
+    found = tables.copy()
+    for number in range(count):
+        square, product = np.zeros((entries * d, entries * d)), np.zeros(entries * d)
+        for row in np.flatnonzero(table == number):
+            basis = np.zeros((entries * d, columns), np.float32)
+            basis[slots[row], np.arange(columns)] = wide[row]
+            seen = basis @ hessian
+            square += seen @ basis.T
+            product += seen @ weight[row]
+        used = np.flatnonzero(np.diagonal(square) > 0)
+        part = square[np.ix_(used, used)]
+        part[np.diag_indices(len(used))] *= 1 + 1e-6
+        found[number].reshape(-1)[used] = np.linalg.solve(part, product[used])
+    return np.asarray(found)

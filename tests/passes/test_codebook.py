@@ -1,0 +1,128 @@
+"""Schemes whose codes name entries of tables: from the command to what a runtime computes."""
+
+import numpy as np
+import onnx
+import pytest
+
+from qcompiler.driver import compile_model
+from qcompiler.kernels.schemas import DOMAIN
+from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.session import OrtRunner
+from qcompiler.sites import find_sites
+from tests.builders import (
+    apply,
+    context,
+    decoder,
+    linear_model,
+    normal,
+    run,
+    serialized,
+    token_batches,
+)
+from tests.kernels.conftest import library  # noqa: F401
+
+SCHEMES = {
+    "w3a16-g32-lut": "MatMulCodebook8",
+    "w4a16-g64-lut": "MatMulCodebook16",
+    "w4a16-channel-lut": "MatMulCodebook16",
+    "w2a16-g32-vq2": "MatMulCodebook16",
+    "w1a16-g32-vq4": "MatMulCodebook16",
+    "w2a16-g32-vq4": "MatMulCodebook256",
+    "w4a16-g32-vq2": "MatMulCodebook256",
+}
+
+
+def compiled(model, scheme, batches=None, **config):
+    """The lowered model, what the weights are then, and the results of both passes."""
+    config = {"custom_ops": "always"} | config
+    ctx = context(scheme=scheme, batches=batches, **config)
+    apply("canonicalize", model, ctx)
+    apply("assign_scheme", model, ctx)
+    result = apply("codebook", model, ctx)
+    weights = {site.name: site.quantized.dequantized() for site in find_sites(model)[0] if site.quantized is not None}
+    lowered = apply("fuse_custom", model, ctx)
+    apply("cleanup", model, ctx)
+    return weights, result, lowered
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("op", ["MatMul", "Gemm"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_product_of_the_decoded_weight(library, op, scheme, dtype):  # noqa: F811
+    model = linear_model(136, 24, op=op, dtype=dtype)
+    weights, result, lowered = compiled(model, scheme)
+    x = normal((7, 136), 3, dtype)
+    expected = x.astype(np.float32) @ weights["fc"].astype(dtype).astype(np.float32).T
+    assert [node.op_type for node in model.graph] == [SCHEMES[scheme]]
+    assert [(record.action, record.spec) for record in result.records] == [("quantized", scheme)]
+    assert [record.reason.split(",")[0] for record in lowered.records] == [SCHEMES[scheme]]
+    onnx.checker.check_model(onnx.load_from_string(serialized(model)), full_check=True)
+    (body,) = run(model, {"x": x})
+    with OrtRunner(serialized(model), threads=1, custom_ops=library) as runner:
+        kernel = runner.run({"x": x})["y"]
+    near = 2e-5 if dtype == "float32" else 1e-2
+    for found in (body, kernel):
+        assert np.abs(found.astype(np.float32) - expected).max() <= near * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scheme", ["w3a16-g32-lut", "w2a16-g32-vq2"])
+def test_data_make_products_better(scheme):
+    def noise(batches):
+        model = linear_model(128, 48)
+        weights, _, _ = compiled(model, scheme, batches)
+        (weight,) = (site.weight.const_value.numpy() for site in find_sites(linear_model(128, 48))[0])
+        x = data[0]["x"]
+        exact = x @ weight
+        return np.square(x @ weights["fc"].T - exact).sum() / np.square(exact).sum()
+
+    mixing = normal((128, 128), 1, scale=0.3)
+    data = [{"x": normal((400, 128), 2) @ mixing}]
+    assert noise(data) < 0.9 * noise(None)
+
+
+def test_the_same_bytes_twice():
+    first, second = decoder(), decoder()
+    data = token_batches(4)
+    for model, threads in ((first, 1), (second, 2)):
+        plan = SchemePlan(Scheme.parse("w4a16-g32-lut"), None, None)
+        compiled_with(model, data, plan, threads)
+    assert serialized(first) == serialized(second)
+
+
+def compiled_with(model, batches, plan, threads=1):
+    ctx = context(plan=plan, batches=batches, threads=threads, custom_ops="always")
+    for name in ("canonicalize", "assign_scheme", "codebook", "rtn", "fuse_custom", "fuse_matmul_nbits", "fuse_gather"):
+        apply(name, model, ctx)
+
+
+def test_other_algorithms_take_the_rest():
+    model = decoder()
+    plan = SchemePlan(Scheme.parse("w4a16-g32-lut"), None, Scheme.parse("w8a16-g32"))
+    compiled_with(model, token_batches(2), plan)
+    kinds = {node.op_type for node in model.graph if node.domain}
+    assert kinds == {"MatMulCodebook16", "MatMulNBits"}
+    assert DOMAIN in model.graph.opset_imports
+
+
+@pytest.mark.parametrize("algorithms", [(), ("gptq",), ("gptq", "codebook{rounds=0}"), ("rtn",)])
+def test_it_runs_before_what_is_named(tmp_path, algorithms):
+    source, output = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    source.write_bytes(serialized(linear_model(64, 32)))
+    options = {"algorithms": algorithms} if algorithms else {}
+    compile_model(
+        source,
+        "w4a16-g32-lut",
+        custom_ops="always",
+        calibration=[{"x": normal((8, 64), seed)} for seed in range(3)],
+        output=output,
+        **options,
+    )
+    assert [node.op_type for node in onnx.load(output).graph.node] == ["MatMulCodebook16"]
+
+
+def test_what_cannot_be_is_said():
+    (record,) = apply("assign_scheme", linear_model(64, 32), context(scheme="w4a16-g32-lut")).records
+    assert (record.action, "tables need our own operators" in record.reason) == ("skipped", True)
+    ctx = context(scheme="w2a16-g32-vq4", custom_ops="always")
+    (record,) = apply("assign_scheme", linear_model(66, 32), ctx).records
+    assert (record.action, "66 columns are no multiple of 4" in record.reason) == ("skipped", True)
