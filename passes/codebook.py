@@ -1,4 +1,4 @@
-"""Weights as entries of learned tables, for schemes with `-lut`, `-vq2` or `-vq4`.
+"""Weights as entries of learned tables, for schemes with `-lut`, `-vq2` or `-vq4` that another algorithm leaves alone.
 
 A code of 3, 4 or 8 bits names an entry of a table that some rows of a weight share: a value for one column, or a vector
 for 2 or 4 columns that follow one another. See `numerics.codebooks`.
@@ -11,9 +11,10 @@ for 2 or 4 columns that follow one another. See `numerics.codebooks`.
    `rounds` of this, of which the best is kept.
 5. As with `gptq{drift}`, weights make up for what quantized layers before did to the activations.
 6. Without data all columns count the same, and codes are the nearest entries.
+
+The pass `gptq` does the same where it is the algorithm, in one go with the weights of other formats.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,16 +23,9 @@ import onnx_ir as ir
 from qcompiler.config import CompileConfig
 from qcompiler.errors import SchemeError
 from qcompiler.graph import Site
-from qcompiler.numerics.affine import Grid, WeightSpec
-from qcompiler.numerics.codebooks import (
-    decode,
-    fit_tables,
-    refit_tables,
-    sweep_codebooks,
-)
-from qcompiler.numerics.second_order import damped, row_losses
+from qcompiler.numerics.affine import WeightSpec
 from qcompiler.passes.base import QuantPassResult, assigned_sites, site_scheme
-from qcompiler.passes.base_segments import SegmentPass, factor_of, made_up
+from qcompiler.passes.base_segments import SegmentPass, with_tables
 from qcompiler.quantized import Quantized
 from qcompiler.statistics import LayerFacts
 
@@ -43,7 +37,7 @@ class Options:
     """Options of `codebook`."""
 
     percdamp: float = field(default=0.05, metadata={"help": "damping, as a fraction of diag(H)"})
-    rounds: int = field(default=2, metadata={"help": "times that tables are solved for and codes found anew"})
+    rounds: int = field(default=1, metadata={"help": "times that tables are solved for and codes found anew"})
     drift: float = field(
         default=0.5, metadata={"help": "share of the error of the layers before that is made up for, 0 to 1"}
     )
@@ -73,8 +67,11 @@ class Codebook(SegmentPass):
 
     @classmethod
     def applies(cls, config: CompileConfig) -> bool:
-        """Where a scheme asks for tables."""
-        return any(scheme.vector for scheme in config.plan.schemes)
+        """Where a scheme asks for tables, or a budget may choose them, and the algorithm does not know of them."""
+        if any(text.partition("{")[0].strip() == "gptq" for text in config.algorithms):
+            return False
+        chosen = bool(config.budgets) and config.custom_ops == "always"
+        return chosen or any(scheme.vector for scheme in config.plan.schemes)
 
     def sites(self, model: ir.Model) -> list[Site]:
         """The sites whose schemes ask for tables."""
@@ -87,35 +84,16 @@ class Codebook(SegmentPass):
         records = [record for site in self.sites(model) for record in self.quantize_sites([site], None, "no data")]
         return QuantPassResult(model, bool(records), tuple(records))
 
-    def by_spec(self, sites: Iterable[Site]) -> list[list[Site]]:
-        """Each site by itself: it has tables of its own."""
-        return [[site] for site in sites]
-
     def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
         """Quantize a weight ``[N, K]``."""
-        seed, columns = self.context.config.seed, weight.shape[1]
-        if facts is None or facts.hessian.ndim == 3:
-            hessian, importance, damping = np.eye(columns), None, 0.0
-            order = np.arange(columns)
-            factor = hessian
-        else:
-            weight = made_up(weight, facts, self.options.drift, self.options.percdamp)
-            importance = np.diagonal(facts.hessian).astype(np.float32)
-            loudness = importance.reshape(-1, spec.vector).sum(-1)
-            order = (np.argsort(-loudness, kind="stable")[:, None] * spec.vector + np.arange(spec.vector)).reshape(-1)
-            factor, damping = factor_of(facts.hessian, order, self.options.percdamp, self.name)
-            hessian = damped(facts.hessian, damping)
-        small = hessian.astype(np.float32)
-        tables, scale = fit_tables(weight, importance, spec, seed, self.context.threads)
-        best = sweep_codebooks(weight, factor, tables, scale, spec, order)
-        for _ in range(self.options.rounds):
-            solved = refit_tables(weight, best[0], tables, scale, small, spec)
-            if solved is tables:
-                break
-            found = sweep_codebooks(weight, factor, solved, scale, spec, order)
-            if found[1].sum() >= best[1].sum():
-                break
-            tables, best = solved, found
-        grown = "" if damping in (0.0, self.options.percdamp) else f"damping grew to {damping:g}"
-        loss = row_losses(weight - decode(best[0], tables, scale, spec), small)
-        return Quantized(best[0], Grid(scale, np.zeros_like(scale)), grown, loss, row_losses(weight, small), tables)
+        options = self.options
+        return with_tables(
+            weight,
+            spec,
+            facts,
+            share=options.drift,
+            percdamp=options.percdamp,
+            rounds=options.rounds,
+            context=self.context,
+            name=self.name,
+        )

@@ -53,7 +53,7 @@ from qcompiler.numerics.second_order import (
     sweep_groups,
 )
 from qcompiler.passes.base import QuantPassResult, streaming
-from qcompiler.passes.base_segments import MAX_DAMPING, SegmentPass, factor_of, made_up, unfactored
+from qcompiler.passes.base_segments import MAX_DAMPING, SegmentPass, factor_of, made_up, unfactored, with_tables
 from qcompiler.quantized import Quantized
 from qcompiler.statistics import LayerFacts
 
@@ -106,7 +106,8 @@ class Gptq(SegmentPass):
     4. `drift` has no effect on these, nor where weights are measured on the float model (--no-sequential).
     5. Where `guided` cannot be followed, since PyTorch cannot run the model or no gradient arrives, records say so, and
        all tokens count the same.
-    6. Where the damped Hessian cannot be factored, damping grows tenfold, is reported, and past 1.0 is an error.
+    6. Codes that name entries of tables are found as the pass `codebook` does, outputs being unrelated.
+    7. Where the damped Hessian cannot be factored, damping grows tenfold, is reported, and past 1.0 is an error.
     """
 
     name = "gptq"
@@ -143,6 +144,18 @@ class Gptq(SegmentPass):
     def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
         """Quantize a weight ``[N, K]``."""
         threads = self.context.threads
+        if spec.vector:
+            options, rounds = self.options, max(1, self.options.refine)
+            return with_tables(
+                weight,
+                spec,
+                facts,
+                share=options.drift,
+                percdamp=options.percdamp,
+                rounds=rounds,
+                context=self.context,
+                name=self.name,
+            )
         if facts is None or spec.fp8:
             grid = clip_grid(weight, spec, threads=threads)
             remark = "8-bit floats are rounded to nearest" if spec.fp8 and facts is not None else ""

@@ -21,6 +21,8 @@ UNITS = ("site", "head", "reading", "layer")
 # Group sizes by width. Smaller ones than these take as much as a wider format of larger groups, and lose more; so do
 # 3-bit codes where they are stored in 4 bits.
 _LADDER = {2: (16, 32, 64, 128, 256), 3: (32, 64, 128, 256), 4: (32, 64, 128, 256), 8: (64, 128, 256)}
+# Bits, columns that share a code and group sizes of formats with tables.
+_TABLES = ((2, 2, (64,)), (3, 1, (64,)), (4, 1, (32, 64)))
 # What a file says about one constant beside its values and its name, which it says three times: shape and type, twice,
 # and in the second case where it lies in the file of external data.
 _CONSTANT_BYTES = (75, 185)
@@ -114,6 +116,11 @@ def formats_of(site: Site, scheme: Scheme, opset: int, config: CompileConfig) ->
             candidate = replace(scheme, bits=bits, group_size=group_size, ternary=False)
             if _is_held(site, candidate, opset, config):
                 least = add(candidate, least)
+    for bits, vector, group_sizes in _TABLES:
+        for group_size in group_sizes:
+            candidate = Scheme(bits, group_size, True, vector=vector)
+            if needs_operators(site, candidate, config) and not site_refusal(site, candidate, config):
+                add(candidate, None)
     ordered = sorted(found, key=lambda each: (found[each][0], str(each)))
     sizes = [found[each][0] for each in ordered]
     width = 16 if config.float16 else 8 * site.dtype.itemsize

@@ -10,6 +10,7 @@ import numpy as np
 
 from qcompiler.errors import NumericsError
 from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, dequantize, min_max_grid, quantize
+from qcompiler.numerics.codebooks import decode, fit_tables, sweep_codebooks
 from qcompiler.numerics.second_order import damped, sweep, sweep_losses, upper_factor
 from qcompiler.statistics import LayerFacts
 
@@ -82,6 +83,15 @@ class TrialRounding:
             float64 ``[S, N]``: the squared error of each output, its mean over the tokens; without `known` that of the
             weight itself.
         """
+        tables = [at for at, spec in enumerate(specs) if spec.vector]
+        if tables:
+            losses = np.empty((len(specs), len(weight)))
+            for at in tables:
+                decoded = _of_tables(weight, specs[at], known if self.sweeps else None)
+                losses[at] = row_losses(weight - decoded, known)
+            others = [at for at in range(len(specs)) if at not in tables]
+            losses[others] = self.losses(weight, [specs[at] for at in others], known)
+            return losses
         grids = [self._grid(weight, spec, known) for spec in specs]
         if known is not None and self.sweeps and not any(spec.fp8 for spec in specs):
             return sweep_losses(weight, known.factor, grids, specs, known.order)
@@ -97,13 +107,16 @@ class TrialRounding:
 
         Without `clip` no better grid is searched than that between the extremes of each group, which takes longest.
         """
-        if len(weight) > _ROWS:
+        if len(weight) > _ROWS and not spec.vector:
             decoded, total = np.empty_like(weight), 0.0
             for start in range(0, len(weight), _ROWS):
                 part = slice(start, start + _ROWS)
                 decoded[part], loss_of_part = self.rounded(weight[part], spec, known, clip=clip)
                 total += loss_of_part
             return decoded, total
+        if spec.vector:
+            decoded = _of_tables(weight, spec, known if self.sweeps else None)
+            return decoded, float(row_losses(weight - decoded, known).sum())
         grid = self._grid(weight, spec, known) if clip else min_max_grid(weight, spec)
         if known is not None and self.sweeps:
             codes, loss = sweep(weight, known.factor, grid, spec, known.order)
@@ -115,6 +128,24 @@ class TrialRounding:
         if not self.sweeps or spec.bits == 8:  # at 8 bits there is nothing to gain by clipping
             return min_max_grid(weight, spec)
         return clip_grid(weight, spec, known.importance if known is not None else None)
+
+
+def _of_tables(weight: np.ndarray, spec: WeightSpec, known: Curvature | None) -> np.ndarray:
+    """A weight as entries of tables of its own, float32 ``[N, K]``."""
+    if known is None:
+        factor, order = np.eye(weight.shape[1], dtype=np.float32), np.arange(weight.shape[1])
+    else:
+        factor, order = known.factor, known.order
+    if spec.vector > 1:  # columns that share a code stay together, in the order in which they are
+        moved = np.empty_like(order)
+        moved[order] = np.arange(len(order))
+        blocks = np.argsort(moved.reshape(-1, spec.vector).min(-1), kind="stable")
+        together = (blocks[:, None] * spec.vector + np.arange(spec.vector)).reshape(-1)
+        plain = factor[moved]  # rows in the order of the columns; A A^T is H
+        order, factor = together, upper_factor((plain @ plain.T)[np.ix_(together, together)].astype(np.float64))
+    tables, scale = fit_tables(weight, known.importance if known is not None else None, spec, 0)
+    codes, _ = sweep_codebooks(weight, factor, tables, scale, spec, order)
+    return decode(codes, tables, scale, spec)
 
 
 def _decoded(codes: np.ndarray, grid: Grid, spec: WeightSpec) -> np.ndarray:

@@ -64,8 +64,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     "passes": ("passes", "passes.base errors"),
     "passes.*": (
         "passes.*",
-        "passes.base rescaling lowering opset_rules float_types rotation foldings convolution layers placement "
-        "absorbing ranges mixing sensitivity "
+        "passes.base_segments passes.base rescaling lowering opset_rules float_types rotation foldings convolution "
+        "layers placement absorbing ranges mixing sensitivity "
         "observing collectors guidance blocks streaming waypoints checkpoints session scratch tuning torch_graph "
         "statistics segments graph targets config scheme records kernels.schemas extras numerics errors",
     ),
@@ -77,6 +77,10 @@ LAYERS: dict[str, tuple[str, str]] = {
     "trials": ("trials", "statistics numerics errors"),
     "sensitivity": ("sensitivity", "verify segments calibration session errors"),
     "rescaling": ("rescaling", "passes.base observing foldings graph records errors"),
+    "passes.base_segments": (
+        "passes.base_segments",
+        "passes.base shared_tables streaming checkpoints statistics segments graph records numerics errors",
+    ),
     "passes.base": (
         "passes.base",
         "observing shared_tables streaming checkpoints session segments statistics targets graph config scheme records "

@@ -31,8 +31,8 @@ __all__ = [
 _OVERHEAD = 0.05
 _ROUNDS = 20
 # Turns of fitting tables and searching scales, and shares of a scale that are tried.
-_TURNS = 3
-_SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62)
+_TURNS = 2
+_SHARES = (1.0, 0.94, 0.88, 0.82, 0.75, 0.66)
 # Entries times columns up to which tables are solved for, which takes as many products with H.
 _SOLVED = 64
 # Centres up to which the best are found in one dimension, and bins in which values lie then.
@@ -86,13 +86,14 @@ def k_means(points: np.ndarray, weights: np.ndarray, entries: int, seed: int) ->
         float32 ``[E, d]``, in rising order of the first column; fewer different points than centres leave some equal.
     """
     points, weights = points.astype(np.float32), np.maximum(weights.astype(np.float64), 1e-30)
-    if points.shape[1] > 1 and len(points) > _POINTS:
+    if points.shape[1] == 1:
+        return _line(points[:, 0], weights, entries, seed)
+    if len(points) > _POINTS:
         some = np.linspace(0, len(points) - 1, _POINTS).astype(int)
         points, weights = points[some], weights[some]
-    split = points.shape[1] == 1 and entries <= _SPLIT
-    centres = _split(points[:, 0], weights, entries) if split else _seeded(points, weights, entries, seed)
+    centres = _seeded(points, weights, entries, seed)
     for _ in range(_ROUNDS):
-        codes, cost = nearest(points, centres[None], np.zeros(len(points), np.int32))
+        codes, cost = nearest(points, centres[None], np.zeros(1, np.int32))
         total = np.bincount(codes, weights, entries)
         sums = [np.bincount(codes, weights * column, entries) for column in points.T.astype(np.float64)]
         moved = (np.stack(sums, 1) / np.maximum(total, 1e-30)[:, None]).astype(np.float32)
@@ -105,11 +106,28 @@ def k_means(points: np.ndarray, weights: np.ndarray, entries: int, seed: int) ->
     return np.ascontiguousarray(centres[np.argsort(centres[:, 0], kind="stable")])
 
 
-def _split(values: np.ndarray, weights: np.ndarray, entries: int) -> np.ndarray:
-    """The best centres ``[E, 1]`` for values that lie in a few hundred bins, by dynamic programming."""
+def _line(values: np.ndarray, weights: np.ndarray, entries: int, seed: int) -> np.ndarray:
+    """The same in one dimension, where sorted values make a round a few searches and differences of sums."""
     order = np.argsort(values, kind="stable")
-    bins = np.arange(len(values)) * min(_BINS, len(values)) // len(values)
     x, w = values[order].astype(np.float64), weights[order]
+    mass, first = (np.concatenate([[0], np.cumsum(each)]) for each in (w, w * x))
+    if entries <= _SPLIT:
+        centres = _split(x, w, entries)
+    else:
+        centres = np.sort(_seeded(x[:, None], w, entries, seed)[:, 0])
+    for _ in range(_ROUNDS):
+        edges = np.concatenate([[0], np.searchsorted(x, (centres[1:] + centres[:-1]) / 2), [len(x)]])
+        total = np.diff(mass[edges])
+        moved = np.sort(np.where(total > 0, np.diff(first[edges]) / np.where(total > 0, total, 1), centres))
+        if np.array_equal(moved, centres):
+            break
+        centres = moved
+    return np.asarray(centres[:, None], np.float32)
+
+
+def _split(x: np.ndarray, w: np.ndarray, entries: int) -> np.ndarray:
+    """The best centres ``[E]`` for sorted values that lie in a few hundred bins, by dynamic programming."""
+    bins = np.arange(len(x)) * min(_BINS, len(x)) // len(x)
     mass, first, second = (np.concatenate([[0], np.cumsum(np.bincount(bins, w * x**power))]) for power in range(3))
     start, stop = np.arange(len(mass))[:, None], np.arange(len(mass))
     total = np.where(stop > start, mass - mass[:, None], 1)
@@ -126,7 +144,7 @@ def _split(values: np.ndarray, weights: np.ndarray, entries: int) -> np.ndarray:
     edges = np.array([0, *reversed(ends)])
     mean = np.diff(first[edges]) / np.maximum(np.diff(mass[edges]), 1e-300)
     mean[np.diff(edges) == 0] = x[-1]
-    return np.asarray(mean[:, None], np.float32)
+    return np.sort(mean)
 
 
 def _seeded(points: np.ndarray, weights: np.ndarray, entries: int, seed: int) -> np.ndarray:
@@ -268,7 +286,8 @@ def sweep_codebooks(
     d = spec.vector
     if columns % d or np.any(order.reshape(-1, d) // d != order[::d, None] // d):
         raise NumericsError(f"columns that share a code have to follow one another, {d} at a time")
-    table = table_of_rows(spec, rows, columns)
+    entries = tables[table_of_rows(spec, rows, columns)]  # [N, E, d]
+    each = np.arange(rows)
     values = np.ascontiguousarray(weight[:, order])
     errors = np.empty((rows, columns), np.float32)
     codes, loss = np.empty((rows, columns // d), np.uint8), np.zeros(rows)
@@ -283,11 +302,11 @@ def sweep_codebooks(
             known = known + errors[:, begin:start] @ factor[begin:start, block].astype(np.float32)
             size = scale[:, order[start] // spec.group_size, None]
             wanted = values[:, block] @ own + known  # [N, d], less what the entry is worth
-            found, apart = nearest(wanted / size, tables @ own, table)
-            place = order[start] // d
-            codes[:, place] = found
-            errors[:, block] = values[:, block] - tables[table, found] * size
-            loss += apart.astype(np.float64) * np.square(size[:, 0])
+            apart = np.square((wanted / size)[:, None] - (entries @ own if d > 1 else entries * own)).sum(-1)  # [N, E]
+            found = apart.argmin(1)
+            codes[:, order[start] // d] = found
+            errors[:, block] = values[:, block] - entries[each, found] * size
+            loss += apart[each, found].astype(np.float64) * np.square(size[:, 0])
     return codes, loss
 
 
