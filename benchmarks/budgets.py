@@ -19,7 +19,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +31,7 @@ from benchmarks.peers.environments import run
 from benchmarks.run_all import FLOAT_ENDS, ROWS_OF_TEXT, WINDOWS, compile_command
 from benchmarks.yardstick import score
 from qcompiler.files.loader import load_model
+from qcompiler.kernels.schemas import DOMAIN, operator
 from qcompiler.sites import find_sites
 
 W4, W2, ALL, SMALL = "uniform w4", "uniform w2", "all 86.5MB", "2-bit bytes"
@@ -76,19 +77,35 @@ class Row:
 
 
 def linear_bits(source: Path, model: Path) -> float:
-    """Stored bits a weight of the linear layers; what is no MatMulNBits counts as float."""
+    """Stored bits a weight of the linear layers; what runs in no operator for codes counts as float."""
     sites = [site for site in find_sites(load_model(source))[0] if site.role == "linear"]
     shapes = {(site.rows, site.columns) for site in sites}
     graph = onnx.load(model, load_external_data=False).graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     total, seen = 0, 0
     for node in graph.node:
-        sizes = {attribute.name: attribute.i for attribute in node.attribute}
-        if node.op_type == "MatMulNBits" and (sizes["N"], sizes["K"]) in shapes:
-            seen += sizes["N"] * sizes["K"]
-            total += 8 * sum(_bytes(tensors[name]) for name in node.input[1:4] if name)
+        shape, operands = None, node.input[1:4]
+        if node.op_type == "MatMulNBits":
+            sizes = {attribute.name: attribute.i for attribute in node.attribute}
+            shape = sizes["N"], sizes["K"]
+        elif node.domain == DOMAIN:
+            shape, operands = _own_shape(node, tensors, shapes), node.input[1:-1]  # the last one is the bias
+        if shape in shapes:
+            seen += shape[0] * shape[1]
+            total += 8 * sum(_bytes(tensors[name]) for name in operands if name)
     weights = sum(site.rows * site.columns for site in sites)
     return (total + 32 * (weights - seen)) / weights
+
+
+def _own_shape(
+    node: onnx.NodeProto, tensors: Mapping[str, onnx.TensorProto], shapes: Iterable[tuple[int, int]]
+) -> tuple[int, int] | None:
+    """Which of some shapes the weight of one of our own operators has; its last group may be filled up."""
+    rows, groups, size = tensors[node.input[1]].dims
+    codebook = node.op_type.startswith("MatMulCodebook")
+    width = tensors[node.input[2]].dims[1] if codebook else 1
+    group = size * 8 // operator(node.op_type).bits * width
+    return next((each for each in shapes if each[0] == rows and 0 <= groups * group - each[1] < group), None)
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:

@@ -6,16 +6,17 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
-from benchmarks import encoder_weights, techniques
+from benchmarks import budgets, encoder_weights, techniques
 from benchmarks.peers import four_bits, gptq
 from benchmarks.rows import collect, markdown
 from benchmarks.zoo import minilm
 from qcompiler import pipeline
 from qcompiler.config import CompileConfig
+from qcompiler.driver import compile_model
 from qcompiler.passes.base import PassContext
-from tests.builders import normal
+from tests.builders import linear_model, normal, serialized
 from tests.stored_models import make_model, value, weight, write
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -199,3 +200,20 @@ def test_our_best_is_compared_with_rounding_to_nearest_and_k_quant():
     rows = [row("effort fast", 0.004), row("onnxruntime k_quant", 0.003), row("effort best", 0.0015)]
     assert encoder_weights.ratios(rows) == {"effort fast": 0.375, "onnxruntime k_quant": 0.5}
     assert encoder_weights.ratios(rows[:2]) == {}
+
+
+# --- budgets --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g64-asym", "w3a16-g64-asym", "w4a16-g64-lut", "w2a16-g32-vq2"])
+def test_bits_are_counted_in_every_operator(tmp_path, scheme):
+    """72 columns are two groups of 64 of which the second is filled up."""
+    source, output = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    source.write_bytes(serialized(linear_model(72, 96)))
+    compile_model(source, scheme, custom_ops="always", output=output, verify=False)
+    graph = onnx.load(output).graph
+    (node,) = graph.node
+    kept = {tensor.name: tensor for tensor in graph.initializer}
+    own = [kept[name] for name in node.input[1:] if name and not name.endswith("_bias")]
+    stored = sum(numpy_helper.to_array(tensor).nbytes for tensor in own)
+    assert budgets.linear_bits(source, output) == pytest.approx(8 * stored / (72 * 96))
