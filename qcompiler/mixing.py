@@ -60,6 +60,11 @@ class MixedSite:
         """How many weights there are."""
         return self.site.rows * self.site.columns
 
+    @property
+    def asked_loss(self) -> float:
+        """What the format that was asked for leaves."""
+        return self.losses[self.schemes.index(self.asked)]
+
     def choices(self) -> list[Choice]:
         """Size and cost of each format: a loss costs in proportion what the trial's loss did."""
         price = self.trial_cost / self.trial_loss if self.trial_loss else 0.0

@@ -34,6 +34,9 @@ _LABEL = "mixed_precision"
 _TABLE_ROWS = 8
 # Sites whose cost is found by trial and from gradients, where others have one of these only.
 _BOTH = 12
+# How far what weights cost by gradients is taken for the same, as a power: layers that make up for the errors of others
+# even out what these cost, and plans that trust every difference are worse than one format for all.
+_EVEN = 0.5
 
 
 class Trials:
@@ -128,9 +131,10 @@ class Trials:
     def _to_one_scale(self) -> None:
         """Make costs comparable: those known by trial, those known from gradients, and those that are not known."""
         scale = float(np.median(self._ratios)) if self._ratios else 1.0
-        for one in self._sites:
-            if one.site.node in self._prices:
-                one.trial_loss, one.trial_cost = 1.0, scale
+        priced = {one: one.asked_loss / one.weights for one in self._sites if one.site.node in self._prices}
+        usual = float(np.median([each for each in priced.values() if each] or [1.0]))
+        for one, each in priced.items():
+            one.trial_loss, one.trial_cost = 1.0, scale * ((usual / each) ** _EVEN if each else 1.0)
         known = [one.trial_cost / one.trial_loss for one in self._sites if one.trial_cost and one.trial_loss]
         typical = float(np.median(known)) if known else 1.0
         for one in self._sites:  # small constants are part of a session: they count like the typical weight

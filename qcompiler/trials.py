@@ -10,7 +10,7 @@ import numpy as np
 
 from qcompiler.errors import NumericsError
 from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, dequantize, min_max_grid, quantize
-from qcompiler.numerics.codebooks import decode, fit_tables, sweep_codebooks
+from qcompiler.numerics.codebooks import codebook_losses, decode, fit_tables, sweep_codebooks
 from qcompiler.numerics.second_order import damped, sweep, sweep_losses, upper_factor
 from qcompiler.statistics import LayerFacts
 
@@ -85,10 +85,14 @@ class TrialRounding:
         """
         tables = [at for at, spec in enumerate(specs) if spec.vector]
         if tables:
-            losses = np.empty((len(specs), len(weight)))
+            losses, swept = np.empty((len(specs), len(weight))), known if self.sweeps else None
+            alone = [at for at in tables if specs[at].vector == 1 and swept is not None]
+            if alone and swept is not None:
+                found = [fit_tables(weight, swept.importance, specs[at], 0) for at in alone]
+                losses[alone] = codebook_losses(weight, swept.factor, found, [specs[at] for at in alone], swept.order)
             for at in tables:
-                decoded = _of_tables(weight, specs[at], known if self.sweeps else None)
-                losses[at] = row_losses(weight - decoded, known)
+                if at not in alone:
+                    losses[at] = row_losses(weight - _of_tables(weight, specs[at], swept), known)
             others = [at for at in range(len(specs)) if at not in tables]
             losses[others] = self.losses(weight, [specs[at] for at in others], known)
             return losses

@@ -6,9 +6,10 @@ import pytest
 from qcompiler.errors import NumericsError
 from qcompiler.numerics.affine import WeightSpec, dequantize, min_max_grid, quantize
 from qcompiler.passes import load
+from qcompiler.scheme import Scheme
 from qcompiler.statistics import LayerFacts
-from qcompiler.trials import TrialRounding, curvature_of
-from tests.builders import context, normal
+from qcompiler.trials import TrialRounding, curvature_of, row_losses
+from tests.builders import context, correlated, normal
 
 SPECS = [
     WeightSpec(bits, size, symmetric) for bits in (2, 4, 8) for size in (16, 64, 100) for symmetric in (True, False)
@@ -72,3 +73,22 @@ def test_groups_have_no_one_curvature_and_nonsense_cannot_be_factored():
     assert curvature_of(LayerFacts(np.ones((2, 3, 3)), 4)) is None
     with pytest.raises(NumericsError, match=r"cannot be factored even with damping 0\.5; give more calibration"):
         curvature_of(LayerFacts(-np.ones((3, 3)) * 5 + np.diag([6.0, 6, 6]), 1))
+
+
+@pytest.mark.parametrize("sweeps", [True, False])
+def test_formats_with_tables_are_tried_beside_others(sweeps):
+    """Each loss is that of what the format makes of the weight."""
+    weight = normal((32, 96), 3)
+    rows = correlated(96)
+    known = curvature_of(LayerFacts((rows.T @ rows).astype(np.float64), len(rows)))
+    texts = ("w4a16-g32-asym", "w4a16-g32-lut", "w2a16-g32-vq2", "w3a16-g32-lut", "w8a16-g32-asym")
+    specs = [Scheme.parse(text).spec(96, "float32", stream="lut" in text or "vq" in text) for text in texts]
+    rounding = TrialRounding(sweeps=sweeps)
+    losses = rounding.losses(weight, specs, known).sum(-1)
+    for spec, loss in zip(specs, losses, strict=True):
+        decoded, total = rounding.rounded(weight, spec, known)
+        assert decoded.shape == weight.shape
+        np.testing.assert_allclose(loss, total, rtol=1e-3)
+        np.testing.assert_allclose(total, row_losses(weight - decoded, known).sum(), rtol=1e-3)
+    assert losses[1] < losses[3] < losses[2]
+    assert losses[4] < losses[1]

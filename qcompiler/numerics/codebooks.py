@@ -8,6 +8,7 @@ weighted by the diagonal of H (Kim et al. 2023, SqueezeLLM, arXiv:2306.07629), a
 Shapes: W ``[N, K]``; scale ``[N, G]``; tables ``[C, E, d]``; codes ``[N, K / d]``; H ``[K, K]``.
 """
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,6 +17,7 @@ from qcompiler.errors import NumericsError
 from qcompiler.numerics.affine import WeightSpec, stored_scale
 
 __all__ = [
+    "codebook_losses",
     "decode",
     "fit_tables",
     "group_scales",
@@ -287,26 +289,77 @@ def sweep_codebooks(
     if columns % d or np.any(order.reshape(-1, d) // d != order[::d, None] // d):
         raise NumericsError(f"columns that share a code have to follow one another, {d} at a time")
     entries = tables[table_of_rows(spec, rows, columns)]  # [N, E, d]
-    each = np.arange(rows)
     values = np.ascontiguousarray(weight[:, order])
+    found, loss = _swept(values, factor, entries, lambda at: scale[:, order[at] // spec.group_size], lazy_block)
+    codes = np.empty_like(found)
+    codes[:, order[::d] // d] = found
+    return codes, loss
+
+
+def codebook_losses(
+    weight: np.ndarray,
+    factor: np.ndarray,
+    found: Sequence[tuple[np.ndarray, np.ndarray]],
+    specs: Sequence[WeightSpec],
+    order: np.ndarray,
+) -> np.ndarray:
+    """The losses that `sweep_codebooks` leaves in several formats, found in one go.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        factor: See `sweep_codebooks`.
+        found: Tables and scales of each format.
+        specs: The S formats, all of one column a code.
+        order: int ``[K]``, the visiting order.
+
+    Returns:
+        float64 ``[S, N]``.
+    """
+    rows, columns = weight.shape
+    most = max(spec.entries for spec in specs)
+    entries = np.full((len(specs) * rows, most, 1), np.inf, np.float32)
+    scales = np.empty((columns, len(specs) * rows), np.float32)
+    for number, ((tables, scale), spec) in enumerate(zip(found, specs, strict=True)):
+        part = slice(number * rows, (number + 1) * rows)
+        entries[part, : spec.entries] = tables[table_of_rows(spec, rows, columns)]
+        scales[:, part] = scale.T[order // spec.group_size]
+    values = np.tile(weight[:, order], (len(specs), 1))
+    _, loss = _swept(values, factor, entries, lambda at: scales[at], 128)
+    return loss.reshape(len(specs), rows)
+
+
+def _swept(
+    values: np.ndarray,
+    factor: np.ndarray,
+    entries: np.ndarray,
+    scale: Callable[[int], np.ndarray],
+    lazy_block: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes ``[N, K / d]`` and losses ``[N]`` of columns ``[N, K]`` in visiting order.
+
+    `entries` are those of each row, ``[N, E, d]``; `scale` has the scales ``[N]`` of the column at a place.
+    """
+    (rows, columns), d = values.shape, entries.shape[2]
+    each = np.arange(rows)
     errors = np.empty((rows, columns), np.float32)
     codes, loss = np.empty((rows, columns // d), np.uint8), np.zeros(rows)
+    small = factor.astype(np.float32)
     steps = max(1, lazy_block // d) * d
     for begin in range(0, columns, steps):
         end = min(begin + steps, columns)
-        carried = errors[:, :begin] @ factor[:begin, begin:end].astype(np.float32)  # [N, block]
+        carried = errors[:, :begin] @ small[:begin, begin:end]  # [N, block]
         for start in range(begin, end, d):
             block = slice(start, start + d)
-            own = factor[block, block].astype(np.float32)
-            known = carried[:, start - begin : start - begin + d]
-            known = known + errors[:, begin:start] @ factor[begin:start, block].astype(np.float32)
-            size = scale[:, order[start] // spec.group_size, None]
+            own = small[block, block]
+            known = carried[:, start - begin : start - begin + d] + errors[:, begin:start] @ small[begin:start, block]
+            size = scale(start)[:, None]
             wanted = values[:, block] @ own + known  # [N, d], less what the entry is worth
-            apart = np.square((wanted / size)[:, None] - (entries @ own if d > 1 else entries * own)).sum(-1)  # [N, E]
-            found = apart.argmin(1)
-            codes[:, order[start] // d] = found
-            errors[:, block] = values[:, block] - entries[each, found] * size
-            loss += apart[each, found].astype(np.float64) * np.square(size[:, 0])
+            apart = (wanted / size)[:, None] - (entries @ own if d > 1 else entries * own)  # [N, E, d]
+            far = np.square(apart[..., 0]) if d == 1 else np.square(apart).sum(-1)
+            best = far.argmin(1)
+            codes[:, start // d] = best
+            errors[:, block] = values[:, block] - entries[each, best] * size
+            loss += far[each, best].astype(np.float64) * np.square(size[:, 0])
     return codes, loss
 
 

@@ -206,8 +206,9 @@ def expected_costs(model, algorithm, **config):
     return {(record.site, record.spec): record.metrics["expected_cost"] for record in assigned_records(result)}
 
 
-def test_gradients_and_trials_agree_on_what_a_format_costs():
+def test_gradients_and_trials_agree_on_what_a_format_costs(monkeypatch):
     """But for one factor: an answer that is no choice among words counts by its noise."""
+    monkeypatch.setattr("qcompiler.mixing_trials._EVEN", 0.0)
     by_trial, by_gradient = (
         expected_costs(stack(), algorithm, batches=batches(), bits_per_weight=5.125)
         for algorithm in ("gptq", "gptq{drift=0.5}")
@@ -216,6 +217,19 @@ def test_gradients_and_trials_agree_on_what_a_format_costs():
     assert len(both) > 3
     ratios = np.array([by_gradient[each] / by_trial[each] for each in both])
     assert ratios.max() < 4 * ratios.min()
+
+
+def test_costs_by_gradients_are_half_evened_out(monkeypatch):
+    """As powers: the cost of `l2` is that of the others to the root of what it was."""
+
+    def spread(even):
+        monkeypatch.setattr("qcompiler.mixing_trials._EVEN", even)
+        costs = expected_costs(stack(), "gptq{drift=0.5}", batches=batches(), bits_per_weight=2.4)
+        assert {scheme for _, scheme in costs} == {"w2a16-g128-asym"}
+        return max(costs.values()) / min(costs.values())
+
+    plain, evened, same = spread(0.0), spread(0.5), spread(1.0)
+    assert plain > evened > same
 
 
 def test_without_pytorch_sensitivity_is_measured_by_trial_and_the_record_says_so(monkeypatch):
