@@ -82,7 +82,9 @@ class SiteRow:
                 self.action, self.reason = "quantized", "" if self.action == "skipped" else self.reason
             self.action = "skipped" if record.action == "skipped" else self.action
             self.reason = "; ".join(text for text in (self.reason, record.reason) if text)
-        self.scheme = "" if self.action == "skipped" else self.scheme or record.spec
+        # A budget may have given another format than the one that was asked for first.
+        known = record.spec if record.action in ("assigned", "quantized") else ""
+        self.scheme = "" if self.action == "skipped" else known or self.scheme or record.spec
         for name, figure in record.metrics.items():
             if name in _FIGURES:
                 setattr(self, name, figure)

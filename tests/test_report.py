@@ -11,7 +11,7 @@ from qcompiler import __version__
 from qcompiler.bench import BenchResult
 from qcompiler.config import CompileConfig
 from qcompiler.records import PassReport, SiteRecord
-from qcompiler.report import CompileReport, Excluded, merge_records, scheme_meaning, verification_table
+from qcompiler.report import CompileReport, Excluded, SiteRow, merge_records, scheme_meaning, verification_table
 from qcompiler.scheme import Scheme, SchemePlan
 from qcompiler.verify import AccuracyLevelCost, RunResult, Verification
 from qcompiler.verify_integers import IntegerAudit, Unfused
@@ -422,3 +422,14 @@ def test_a_report_without_a_site_prints():
     made = CompileReport(CompileConfig(), "model.onnx", [], None, 0, 0)
     assert printed(made).startswith("model.onnx  0.0 MB -> 0.0 MB")
     assert json.loads(made.to_json())["sites"] == []
+
+
+def test_the_scheme_is_the_one_that_was_chosen_last():
+    row = SiteRow("a")
+    row.update(SiteRecord("a", "assigned", "w4a16-g64-asym"))
+    row.update(SiteRecord("a", "assigned", "w4a16-g64-lut"))
+    assert row.scheme == "w4a16-g64-lut"
+    row.update(SiteRecord("a", "fused", "", "MatMulCodebook16"))
+    assert row.scheme == "w4a16-g64-lut"
+    row.update(SiteRecord("a", "skipped", reason="left float"))
+    assert row.scheme == ""

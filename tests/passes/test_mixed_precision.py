@@ -225,8 +225,9 @@ def test_costs_by_gradients_are_half_evened_out(monkeypatch):
     def spread(even):
         monkeypatch.setattr("qcompiler.mixing_trials._EVEN", even)
         costs = expected_costs(stack(), "gptq{drift=0.5}", batches=batches(), bits_per_weight=2.4)
-        assert {scheme for _, scheme in costs} == {"w2a16-g128-asym"}
-        return max(costs.values()) / min(costs.values())
+        smallest = [cost for (_, scheme), cost in costs.items() if scheme == "w2a16-g128-asym"]
+        assert len(smallest) > 4
+        return max(smallest) / min(smallest)
 
     plain, evened, same = spread(0.0), spread(0.5), spread(1.0)
     assert plain > evened > same
