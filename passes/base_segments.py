@@ -11,7 +11,7 @@ from qcompiler.checkpoints import Arrays, code_version, digest_of
 from qcompiler.errors import CalibrationError, NumericsError
 from qcompiler.graph import Site
 from qcompiler.numerics.affine import Grid, WeightSpec
-from qcompiler.numerics.codebooks import fit_tables, refit_tables, sweep_codebooks
+from qcompiler.numerics.codebooks import decode, fit_tables, refit_sign_scales, refit_tables, sweep_codebooks
 from qcompiler.numerics.second_order import damped, row_losses, shift, supported_share, upper_factor
 from qcompiler.passes.base import (
     PassContext,
@@ -193,6 +193,9 @@ def with_tables(
         if left.sum() >= loss.sum():
             break
         tables, codes, loss = solved, found, left
+    if spec.signs and facts is not None:
+        scale = refit_sign_scales(weight, codes, scale, small, spec)
+        loss = row_losses(weight - decode(codes, tables, scale, spec), small)
     grown = "" if damping == percdamp else f"damping grew to {damping:g}"
     return Quantized(codes, Grid(scale, np.zeros_like(scale)), grown, loss, row_losses(weight, small), tables)
 

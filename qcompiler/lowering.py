@@ -198,6 +198,11 @@ def stream_constants(site: Site) -> dict[str, ir.Value]:
         spec, name = tensor.spec, site.weight.name
         codes = pack_stream(tensor.codes(), spec.code_bits, spec.group_size // max(spec.vector, 1))
         made["B"] = add_constant(graph, f"{name}_codes", codes)
+        if spec.signs:  # codes 0 and 1 about a half
+            made["scales"] = add_constant(graph, f"{name}_scales", 2 * tensor.scale[..., None])
+            half = np.full((1, 1, 1), 0.5, tensor.scale.dtype)
+            made["zero_points"] = add_constant(graph, f"{name}_zero_points", half)
+            return made
         made["scales"] = add_constant(graph, f"{name}_scales", tensor.scale[..., None])
         if tensor.tables is not None:
             starts = table_of_rows(spec, tensor.rows, tensor.columns) * spec.entries

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompiler.numerics.affine import Grid, WeightSpec, dequantize, storage_dtype
 from qcompiler.numerics.codebooks import decode
 from qcompiler.numerics.formats import float8_values
-from qcompiler.numerics.packing import pack_codes, unpack_codes
+from qcompiler.numerics.packing import pack_codes, pack_rows, unpack_codes, unpack_rows
 
 __all__ = ["Quantized", "QuantizedTensor"]
 
@@ -24,7 +24,8 @@ class QuantizedTensor(ir.LazyTensor):
 
     Attributes:
         packed: uint8 ``[N, ceil(K * bits / 8)]`` from `pack_codes`, in the container's bits; the middle is the grid's,
-            not the container's (see `packing.centred`). With tables there is a code for every `spec.vector` columns.
+            not the container's (see `packing.centred`). With tables from `pack_rows`, a code for every `spec.vector`
+            columns.
         scale: ``[N, G]`` in the stored dtype.
         zero_point: uint8 ``[N, G]``, or None where the zero is the middle code.
         spec: The format.
@@ -47,7 +48,7 @@ class QuantizedTensor(ir.LazyTensor):
         tables: np.ndarray | None = None,
     ) -> None:
         """Pack `codes` uint8 ``[N, K]`` on `grid`, or of `tables`; `dtype` is what `numpy()` returns."""
-        self.packed = pack_codes(codes, spec.code_bits)
+        self.packed = _packed(codes, spec)
         # Rounded as the file will hold it; where the model becomes float16 only later, float32 until then.
         scale = grid.scale.astype(storage_dtype(spec.scale_dtype))
         self.scale = scale.astype(np.float32) if dtype == ir.DataType.FLOAT else scale
@@ -79,7 +80,7 @@ class QuantizedTensor(ir.LazyTensor):
 
     def codes(self) -> np.ndarray:
         """Codes uint8 ``[N, K]``, or ``[N, K / d]`` where they name entries of tables."""
-        return unpack_codes(self.packed, self.spec.code_bits, self.columns // max(self.spec.vector, 1))
+        return _unpacked(self.packed, self.spec, self.columns)
 
     def dequantized(self) -> np.ndarray:
         """Values float32 ``[N, K]``."""
@@ -94,6 +95,17 @@ class QuantizedTensor(ir.LazyTensor):
     def _evaluate_float(self) -> ir.TensorProtocol:
         values = to_stored(self.dequantized(), self.layout).astype(self.dtype.numpy())
         return ir.Tensor(np.ascontiguousarray(values), name=self.name)
+
+
+def _packed(codes: np.ndarray, spec: WeightSpec) -> np.ndarray:
+    """Codes that name entries of tables have no container: they are a stream."""
+    return pack_rows(codes, spec.code_bits) if spec.vector else pack_codes(codes, spec.bits)
+
+
+def _unpacked(packed: np.ndarray, spec: WeightSpec, columns: int) -> np.ndarray:
+    if spec.vector:
+        return unpack_rows(packed, spec.code_bits, columns // spec.vector)
+    return unpack_codes(packed, spec.bits, columns)
 
 
 def stored_shape(layout: str, rows: int, columns: int) -> tuple[int, ...]:
@@ -160,8 +172,7 @@ class Quantized:
 
     def arrays(self, spec: WeightSpec) -> dict[str, np.ndarray]:
         """All of it as arrays, for a checkpoint."""
-        codes = pack_codes(self.codes, spec.code_bits)
-        found = {"codes": codes, "scale": self.grid.scale, "zero": self.grid.zero_point}
+        found = {"codes": _packed(self.codes, spec), "scale": self.grid.scale, "zero": self.grid.zero_point}
         if self.tables is not None:
             found["tables"] = self.tables
         found["remark"] = np.frombuffer(self.remark.encode(), np.uint8)
@@ -172,6 +183,6 @@ class Quantized:
     @classmethod
     def of(cls, arrays: dict[str, np.ndarray], spec: WeightSpec, columns: int) -> "Quantized":
         """The reverse of `arrays`."""
-        codes = unpack_codes(arrays["codes"], spec.code_bits, columns // max(spec.vector, 1))
+        codes = _unpacked(arrays["codes"], spec, columns)
         grid, remark = Grid(arrays["scale"], arrays["zero"]), arrays["remark"].tobytes().decode()
         return cls(codes, grid, remark, arrays.get("loss"), arrays.get("energy"), arrays.get("tables"))

@@ -1,7 +1,7 @@
 """The scheme grammar and the plan that says which site gets which scheme.
 
     scheme   = alias | "w" BITS "a" WIDTH *( "-" option )
-    BITS     = "2" | "3" | "4" | "8" | "1.58" (ternary: minus one, zero and one times a scale)
+    BITS     = "1" | "2" | "3" | "4" | "8" | "1.58" (ternary: minus one, zero and one times a scale)
     WIDTH    = "16" (activations stay float) | "8" | "16int"
     option   = "g" SIZE | "channel" | "head" SIZE | "sym" | "asym" | "static" | "dynamic" | "tensor" | "token" | "fp8"
              | "lut" | "vq2" | "vq4" (codes name entries of learned tables, each for 1, 2 or 4 columns)
@@ -9,7 +9,8 @@
 What a scheme leaves open is filled in by the target (`Scheme.resolve`), so that the same text means the form that each
 target runs fast. With integer activations weights are symmetric, and "sym" and "asym" speak of the activations. In the
 block form (weights of 2 to 4 bits, or a group size) the kernel quantizes activations itself, and "sym" and "asym" speak
-of the weights. Tables have 8, 16 or 256 entries: BITS times columns is 3, 4 or 8, and BITS may be 1 there.
+of the weights. Tables have 8, 16 or 256 entries: BITS times columns is 3, 4 or 8. "w1" without a table is a sign times a
+scale.
 """
 
 import re
@@ -35,7 +36,7 @@ ALIASES = {
 _TERNARY = "1.58"  # the logarithm of three
 _WIDTH = re.compile(r"w(\d+(?:\.\d+)?)a(16int|\d+)")
 _GRAMMAR = (
-    "w{1.58,2,3,4,8}a16 or w{1.58,2,3,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, -sym | -asym "
+    "w{1,1.58,2,3,4,8}a16 or w{1.58,2,3,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, -sym | -asym "
     "(for example w4a16-g64-asym), or w8a8 followed by any of -channel | -headSIZE, -static | -dynamic, "
     "-tensor | -token, -sym | -asym, -fp8 (for example w8a8-dynamic-token), or w8a16int"
 )
@@ -62,6 +63,7 @@ _WORDS: dict[str, tuple[str, Any]] = {
     "vq2": ("vector", 2),
     "vq4": ("vector", 4),
 }
+_TABLES = {value: f"-{word}" for word, (kind, value) in _WORDS.items() if kind == "vector"}
 # Widths of codes that name entries of tables.
 _CODE_BITS = (3, 4, 8)
 
@@ -127,9 +129,9 @@ class Scheme:
         if width[2] not in ("16", "8", "16int"):
             raise SchemeError(f"scheme '{text}': activations of {width[2]} bits are not available; expected {_GRAMMAR}")
         ternary = width[1] == _TERNARY
-        tables = any(_WORDS.get(option, ("",))[0] == "vector" for option in options)
+        tables = any(_WORDS.get(option, ("",))[0] == "vector" for option in options) or width[1] == "1"
         if not ternary and width[1] not in {*map(str, FORMATS), *(("1",) if tables else ())}:
-            known = ", ".join((_TERNARY, *map(str, FORMATS)))
+            known = ", ".join(("1", _TERNARY, *map(str, FORMATS)))
             raise SchemeError(f"scheme '{text}': weights of {width[1]} bits are not available; known widths: {known}")
         given: dict[str, Any] = {}
         for option in options:
@@ -147,14 +149,16 @@ class Scheme:
     @classmethod
     def _of_tables(cls, bits: str, width: str, given: dict[str, Any], text: str) -> "Scheme":
         """A scheme whose codes name entries of tables."""
+        if bits == "1" and "vector" not in given:  # the two entries of its table are known
+            given["vector"] = 1
         vector, others = given.pop("vector"), given.keys() - {"granularity"}
         unit, size = given.get("granularity", ("g", None))
         if others or unit != "g" or width != "16" or bits == _TERNARY:
             raise SchemeError(
-                f"scheme '{text}': tables go with float activations and a group size or -channel alone, for example "
-                "w4a16-lut-g64"
+                f"scheme '{text}': tables and weights of 1 bit go with float activations and a group size or -channel "
+                "alone, for example w4a16-lut-g64 and w1a16-g64"
             )
-        if int(bits) * vector not in _CODE_BITS:
+        if int(bits) * vector not in _CODE_BITS and (int(bits), vector) != (1, 1):
             raise SchemeError(
                 f"scheme '{text}': {bits} bits for each of {vector} columns are a code of {int(bits) * vector}; "
                 f"kernels know codes of {', '.join(map(str, _CODE_BITS))} bits"
@@ -247,7 +251,7 @@ class Scheme:
         elif self.group_size is not None and not self.spelled_out:
             text += f"-g{self.group_size}" if self.group_size else "-channel"
         if self.vector:
-            return text + ("-lut" if self.vector == 1 else f"-vq{self.vector}")
+            return text + ("" if self.bits == 1 and self.vector == 1 else _TABLES[self.vector])
         symmetric = self.symmetric
         if a is not None and self.spelled_out:
             symmetric = a.symmetric

@@ -127,7 +127,7 @@ def needs_operators(site: "Site", scheme: Scheme, config: CompileConfig) -> bool
 
 def stream_operator(spec: WeightSpec) -> str:
     """The operator of our own that runs a weight whose codes are a stream."""
-    if spec.vector:
+    if spec.vector and not spec.signs:
         return f"MatMulCodebook{spec.entries}"
     return f"MatMul{spec.bits}Bit" + ("s" if spec.bits > 1 else "")
 
@@ -159,6 +159,8 @@ def lowered_bytes(spec: WeightSpec, rows: int, columns: int) -> int:
     if spec.stream:
         groups, size = spec.groups(columns), storage_dtype(spec.scale_dtype).itemsize
         each = spec.group_size * spec.bits // 8 + size
+        if spec.signs:
+            return rows * groups * each
         if spec.vector:
             tables = -(-rows // table_rows(spec, rows, columns))
             return rows * groups * each + tables * spec.entries * spec.vector * size + 4 * rows
@@ -215,8 +217,8 @@ def _table_refusal(site: "Site", scheme: Scheme, config: CompileConfig) -> str:
         return "our own operators have no bfloat16 kernel; convert the model to float32"
     if not needs_operators(site, scheme, config):
         return (
-            "tables need our own operators, which run on the CPU; allow them with --custom-ops always, without "
-            "--format qdq or another --target"
+            "tables and weights of 1 bit need our own operators, which run on the CPU; allow them with --custom-ops "
+            "always, without --format qdq or another --target"
         )
     return ""
 

@@ -70,7 +70,7 @@ def test_every_alias_means_a_scheme():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not understood; expected w{1.58,2,3,4,8}a16"),
+        ("", "'' is not understood; expected w{1,1.58,2,3,4,8}a16"),
         ("fp8", "'fp8' is not understood"),
         ("w4", "'w4' is not understood"),
         ("w4a4", "activations of 4 bits are not available"),
@@ -88,7 +88,7 @@ def test_every_alias_means_a_scheme():
         ("w8a16-head64", "-head does not go with float activations"),
         ("w4a16int", "16-bit integer activations go with 8-bit integer weights"),
         ("w8a16int-dynamic", "16-bit activations are calibrated"),
-        ("w5a16", "weights of 5 bits are not available; known widths: 1.58, 2, 3, 4, 8"),
+        ("w5a16", "weights of 5 bits are not available; known widths: 1, 1.58, 2, 3, 4, 8"),
         ("w1.58a16-asym", "ternary weights are symmetric; drop -asym, or use w2a16-asym"),
         ("w3a16int", "16-bit integer activations go with 8-bit integer weights"),
         ("w3a8-dynamic", "-dynamic does not go with a group size"),

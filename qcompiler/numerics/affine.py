@@ -77,6 +77,11 @@ class WeightSpec:
         return 1 << self.code_bits
 
     @property
+    def signs(self) -> bool:
+        """Whether weights are plus and minus a scale: a table of two entries that are known."""
+        return self.vector == 1 and self.bits == 1
+
+    @property
     def format(self) -> IntFormat:
         """The code format."""
         return int_format(self.bits)

@@ -23,6 +23,7 @@ __all__ = [
     "group_scales",
     "k_means",
     "nearest",
+    "refit_sign_scales",
     "refit_tables",
     "sweep_codebooks",
     "table_of_rows",
@@ -35,6 +36,8 @@ _ROUNDS = 20
 # Turns of fitting tables and searching scales, and shares of a scale that are tried.
 _TURNS = 2
 _SHARES = (1.0, 0.94, 0.88, 0.82, 0.75, 0.66)
+# The table of weights of 1 bit.
+_SIGNS = np.array([[[-1.0], [1.0]]], np.float32)
 # Entries times columns up to which tables are solved for, which takes as many products with H.
 _SOLVED = 64
 # Centres up to which the best are found in one dimension, and bins in which values lie then.
@@ -47,6 +50,8 @@ _HELD = 1 << 22
 
 def table_rows(spec: WeightSpec, rows: int, columns: int) -> int:
     """Rows that share a table, in whole eights or all of them."""
+    if spec.signs:
+        return rows
     stored = spec.entries * spec.vector * (16 if spec.scale_dtype == "float16" else 32)
     wanted = -(-stored // max(1, int(_OVERHEAD * columns * 8))) * 8
     return min(rows, wanted)
@@ -215,6 +220,8 @@ def fit_tables(
         Tables float32 ``[C, E, d]`` and scales float32 ``[N, G]``.
     """
     rows, columns = weight.shape
+    if spec.signs:
+        return _SIGNS.copy(), _mean_scales(weight, importance, spec)
     each = table_rows(spec, rows, columns)
     counts = np.ones(columns, np.float32) if importance is None else np.maximum(importance, 1e-12)
     counts = counts.reshape(-1, spec.vector).mean(-1)  # [K / d]
@@ -222,6 +229,14 @@ def fit_tables(
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(lambda part: _fitted(part, counts, spec, seed), parts))
     return np.stack([table for table, _ in found]), np.concatenate([scale for _, scale in found])
+
+
+def _mean_scales(weight: np.ndarray, importance: np.ndarray | None, spec: WeightSpec) -> np.ndarray:
+    """The scales of signs: the mean magnitude of each group (Rastegari et al. 2016, arXiv:1603.05279), weighted."""
+    heed = np.ones(weight.shape[1]) if importance is None else np.maximum(importance, 1e-12)
+    starts = np.arange(0, weight.shape[1], spec.group_size)
+    total = np.add.reduceat(np.abs(weight) * heed, starts, axis=1) / np.add.reduceat(heed, starts)
+    return stored_scale(total.astype(np.float32), spec)
 
 
 def _fitted(weight: np.ndarray, counts: np.ndarray, spec: WeightSpec, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -387,7 +402,7 @@ def refit_tables(
         float32 ``[C, E, d]``.
     """
     (count, entries, d), columns = tables.shape, weight.shape[1]
-    if entries * d > _SOLVED:
+    if entries * d > _SOLVED or spec.signs:
         return tables
     table, wide = table_of_rows(spec, *weight.shape), scale.repeat(spec.group_size, axis=1)[:, :columns]
     slots = codes.astype(np.int64).repeat(d, axis=1) * d + np.arange(columns) % d  # [N, K], into E d
@@ -405,3 +420,32 @@ def refit_tables(
         part[np.diag_indices(len(used))] *= 1 + 1e-6
         found[number].reshape(-1)[used] = np.linalg.solve(part, product[used])
     return np.asarray(found)
+
+
+def refit_sign_scales(
+    weight: np.ndarray, codes: np.ndarray, scale: np.ndarray, hessian: np.ndarray, spec: WeightSpec
+) -> np.ndarray:
+    """The scales of signs that leave the least ``tr((W - Q) H (W - Q)^T)`` with the signs as they are.
+
+    A scale that would be negative stays.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        codes: uint8 ``[N, K]``, 1 for plus.
+        scale: float32 ``[N, G]``.
+        hessian: float32 ``[K, K]``, damped.
+        spec: Weights of 1 bit.
+
+    Returns:
+        float32 ``[N, G]``.
+    """
+    columns, groups = weight.shape[1], scale.shape[1]
+    found = scale.copy()
+    place = np.arange(columns) // spec.group_size
+    for row, (values, signs) in enumerate(zip(weight, 2.0 * codes - 1, strict=True)):
+        basis = np.zeros((groups, columns), np.float32)
+        basis[place, np.arange(columns)] = signs
+        seen = basis @ hessian
+        solved = np.linalg.solve((seen @ basis.T).astype(np.float64), (seen @ values).astype(np.float64))
+        found[row] = np.where(solved > 0, solved, scale[row])
+    return stored_scale(found, spec)

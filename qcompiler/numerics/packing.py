@@ -29,9 +29,11 @@ __all__ = [
     "integer_codes",
     "pack_codes",
     "pack_matmul_nbits",
+    "pack_rows",
     "pack_stream",
     "transpose_packed",
     "unpack_codes",
+    "unpack_rows",
     "unpack_stream",
 ]
 
@@ -190,6 +192,16 @@ def pack_stream(codes: np.ndarray, bits: int, group_size: int) -> np.ndarray:
     for byte in range(bits):
         stream[..., byte] = words >> np.uint64(8 * byte)  # the low 8 bits are kept
     return stream.reshape(len(codes), -1, group_size * bits // 8)
+
+
+def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes ``[N, K]`` of 1 to 8 bits as one stream a row, uint8 ``[N, ceil(K / 8) * bits]``."""
+    return pack_stream(codes, bits, -(-codes.shape[1] // 8) * 8)[:, 0]
+
+
+def unpack_rows(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """Reverse `pack_rows`."""
+    return unpack_stream(packed, bits, columns)
 
 
 def unpack_stream(stream: np.ndarray, bits: int, columns: int) -> np.ndarray:

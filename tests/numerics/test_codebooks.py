@@ -13,6 +13,7 @@ from qcompiler.numerics.codebooks import (
     group_scales,
     k_means,
     nearest,
+    refit_sign_scales,
     refit_tables,
     sweep_codebooks,
     table_of_rows,
@@ -22,7 +23,15 @@ from qcompiler.numerics.second_order import damped, row_losses, sweep, upper_fac
 from qcompiler.scheme import Scheme
 from tests.builders import correlated, normal
 
-SCHEMES = ("w3a16-g32-lut", "w4a16-g64-lut", "w2a16-g32-vq2", "w1a16-g32-vq4", "w2a16-g32-vq4", "w4a16-channel-lut")
+SCHEMES = (
+    "w1a16-g32",
+    "w3a16-g32-lut",
+    "w4a16-g64-lut",
+    "w2a16-g32-vq2",
+    "w1a16-g32-vq4",
+    "w2a16-g32-vq4",
+    "w4a16-channel-lut",
+)
 
 
 def spec_of(text, columns, dtype="float32"):
@@ -209,3 +218,29 @@ def test_a_grid_is_told_from_tables_by_the_spec():
     assert spec_of("w2a16-g64-vq4", 64).entries == 256
     assert WeightSpec(4, 64, True).vector == 0
     assert Grid(np.zeros(1), np.zeros(1)).scale.shape == (1,)
+
+
+def test_signs_have_the_mean_magnitude_for_a_scale():
+    weight, spec = normal((6, 64), 2), spec_of("w1a16-g32", 64)
+    tables, scale = fit_tables(weight, None, spec, 0)
+    np.testing.assert_array_equal(tables[:, :, 0], [[-1, 1]])
+    np.testing.assert_allclose(scale, np.abs(weight).reshape(6, 2, 32).mean(-1), rtol=1e-6)
+    codes, _ = sweep_codebooks(weight, np.eye(64), tables, scale, spec, np.arange(64))
+    np.testing.assert_array_equal(decode(codes, tables, scale, spec), np.sign(weight) * scale.repeat(32, 1))
+
+
+def test_scales_of_signs_are_solved_for():
+    weight, matrix, spec = normal((8, 96), 3), hessian(96), spec_of("w1a16-g32", 96)
+    codes, _, tables, scale = swept(weight, matrix, spec)
+    small = matrix.astype(np.float32)
+    solved = refit_sign_scales(weight, codes, scale, small, spec)
+
+    def cost(scales):
+        return row_losses(weight - decode(codes, tables, scales, spec), small)
+
+    best = cost(solved)
+    assert (best <= cost(scale) * (1 + 1e-5)).all()
+    for group, share in itertools.product(range(3), (0.98, 1.02)):
+        moved = solved.copy()
+        moved[:, group] *= share
+        assert (cost(moved) >= best * (1 - 1e-5)).all()

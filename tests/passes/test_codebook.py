@@ -29,6 +29,8 @@ SCHEMES = {
     "w1a16-g32-vq4": "MatMulCodebook16",
     "w2a16-g32-vq4": "MatMulCodebook256",
     "w4a16-g32-vq2": "MatMulCodebook256",
+    "w1a16-g32": "MatMul1Bit",
+    "w1a16-channel": "MatMul1Bit",
 }
 
 
@@ -65,7 +67,7 @@ def test_the_product_of_the_decoded_weight(library, op, scheme, dtype):  # noqa:
         assert np.abs(found.astype(np.float32) - expected).max() <= near * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("scheme", ["w3a16-g32-lut", "w2a16-g32-vq2"])
+@pytest.mark.parametrize("scheme", ["w3a16-g32-lut", "w2a16-g32-vq2", "w1a16-g32"])
 def test_data_make_products_better(scheme):
     def noise(batches):
         model = linear_model(128, 48)
@@ -122,7 +124,7 @@ def test_it_runs_before_what_is_named(tmp_path, algorithms):
 
 def test_what_cannot_be_is_said():
     (record,) = apply("assign_scheme", linear_model(64, 32), context(scheme="w4a16-g32-lut")).records
-    assert (record.action, "tables need our own operators" in record.reason) == ("skipped", True)
+    assert (record.action, "need our own operators" in record.reason) == ("skipped", True)
     ctx = context(scheme="w2a16-g32-vq4", custom_ops="always")
     (record,) = apply("assign_scheme", linear_model(66, 32), ctx).records
     assert (record.action, "66 columns are no multiple of 4" in record.reason) == ("skipped", True)
