@@ -9,8 +9,8 @@
 What a scheme leaves open is filled in by the target (`Scheme.resolve`), so that the same text means the form that each
 target runs fast. With integer activations weights are symmetric, and "sym" and "asym" speak of the activations. In the
 block form (weights of 2 to 4 bits, or a group size) the kernel quantizes activations itself, and "sym" and "asym" speak
-of the weights. Tables have 8, 16 or 256 entries: BITS times columns is 3, 4 or 8. "w1" without a table is a sign times a
-scale.
+of the weights. Tables have 8, 16 or 256 entries: BITS times columns is 3, 4 or 8. Without a table
+"w1" is signs times a scale.
 """
 
 import re

@@ -11,14 +11,13 @@ from qcompiler.numerics.codebooks import (
     decode,
     fit_tables,
     group_scales,
-    k_means,
-    nearest,
     refit_sign_scales,
     refit_tables,
     sweep_codebooks,
     table_of_rows,
     table_rows,
 )
+from qcompiler.numerics.k_means import k_means, nearest
 from qcompiler.numerics.second_order import damped, row_losses, sweep, upper_factor
 from qcompiler.scheme import Scheme
 from tests.builders import correlated, normal
