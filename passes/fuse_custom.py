@@ -1,7 +1,8 @@
 """Lower weights in formats that ONNX Runtime has no kernels for to the operators of `ai.qcompiler`.
 
 1. MatMul(x, Wq) and MatMul(x, Transpose(Wq)) become MatMul3Bits(x, codes, scales, zero_points, bias), or where codes
-   name entries of tables MatMulCodebook16(x, codes, tables, starts, scales, bias).
+   name entries of tables MatMulCodebook16(x, codes, tables, starts, scales, bias); signs of weights become
+   MatMul1Bit, or with signs of activations MatMulSigns.
 2. A Gemm's bias, or that of an Add behind a MatMul, goes in if it is one value an output channel; an Add does the rest.
 3. Conv with a kernel of one: Transpose to channels-last, the product, Transpose back.
 
@@ -17,7 +18,7 @@ from qcompiler.config import CompileConfig
 from qcompiler.graph import Site
 from qcompiler.kernels.schemas import DOMAIN, OPERATORS, VERSION, function_proto
 from qcompiler.lowering import add_constant, bias_of, make_node, replace_product, stream_constants
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, scheme_text
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, scheme_text, site_scheme
 from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
@@ -44,7 +45,7 @@ class FuseCustom(QuantPass):
             tensor = site.quantized
             if tensor is None or not tensor.spec.stream:
                 continue
-            name = stream_operator(tensor.spec)
+            name = stream_operator(tensor.spec, site_scheme(site))
             level = self._rewrite(site, tensor, name)
             used.add(name)
             note = f"{name}, group {tensor.spec.group_size}" + ("" if level is None else f", accuracy level {level}")
@@ -66,6 +67,8 @@ class FuseCustom(QuantPass):
         if bias is None:
             none = np.zeros(1, site.dtype.numpy())
             constants = constants | {"bias": add_constant(graph, f"{site.weight.name}_bias", none)}
+        if name == "MatMulSigns":
+            constants = constants | {"scales": constants["magnitudes"]}
         inputs = [site.input, *(constants.get(each.name, bias) for each in OPERATORS[name].inputs[1:])]
         attributes = {} if level is None else {"accuracy_level": level}
         fused = make_node(graph, name, inputs, attributes, node, self.name, domain=DOMAIN)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from qcompiler.errors import SchemeError
-from qcompiler.numerics.formats import int_format
 from qcompiler.scheme import Scheme, SchemePlan
 
 __all__ = ["CALIBRATORS", "CUSTOM_OPS", "EFFORTS", "FORMATS_OUT", "KV_CACHES", "TARGETS", "CompileConfig"]
@@ -156,7 +155,7 @@ class CompileConfig:
         used = {plan.default, plan.embedding, plan.lm_head}
         text = {scheme: "float" if scheme is None else str(scheme) for scheme in used}
         # Where all formats have kernels in ONNX Runtime, whether ours are built must not matter.
-        odd = bool(self.budgets) or any(int_format(each.bits).container != each.bits for each in plan.schemes)
+        odd = bool(self.budgets) or any(each.needs_operators for each in plan.schemes)
         return {
             **({"custom_ops": self.custom_ops} if odd else {}),
             "scheme": text[plan.default],

@@ -189,7 +189,8 @@ def stream_constants(site: Site) -> dict[str, ir.Value]:
     Every caller gets the same initializers for the same weight.
 
     Returns:
-        By name of the operator's input: B and scales, and zero_points, or codebook and starts.
+        By name of the operator's input: B and scales, and zero_points, or codebook and starts. For signs there are also
+        magnitudes, half the scales; what nothing reads in the end is removed by the pass `cleanup`.
     """
     tensor, graph = site.quantized, site.weight.graph
     assert tensor is not None and graph is not None
@@ -200,6 +201,7 @@ def stream_constants(site: Site) -> dict[str, ir.Value]:
         made["B"] = add_constant(graph, f"{name}_codes", codes)
         if spec.signs:  # codes 0 and 1 about a half
             made["scales"] = add_constant(graph, f"{name}_scales", 2 * tensor.scale[..., None])
+            made["magnitudes"] = add_constant(graph, f"{name}_magnitudes", tensor.scale[..., None])
             half = np.full((1, 1, 1), 0.5, tensor.scale.dtype)
             made["zero_points"] = add_constant(graph, f"{name}_zero_points", half)
             return made

@@ -13,7 +13,7 @@ from qcompiler.feeding import calibration_data
 from qcompiler.files.loader import load_model
 from qcompiler.graph import SCHEME_KEY, Refusal, Site
 from qcompiler.instruments import stored_bytes
-from qcompiler.passes.base import PassContext, Stage, site_spec
+from qcompiler.passes.base import PassContext, Stage, site_scheme, site_spec
 from qcompiler.report_curve import PlanPoint
 from qcompiler.session import cpu_threads, single_threaded_blas
 from qcompiler.sites import find_products, find_sites, node_names
@@ -115,7 +115,7 @@ class Inspection:
 def _kernel(site: Site, config: CompileConfig) -> str:
     spec = site_spec(site, config)
     if spec.stream:
-        return stream_operator(spec)
+        return stream_operator(spec, site_scheme(site))
     if config.output_format == "qdq":
         return "DequantizeLinear"
     return "GatherBlockQuantized" if site.role == "embedding" else "MatMulNBits"

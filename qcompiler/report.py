@@ -187,6 +187,8 @@ def _describe(scheme: "Scheme | None", config: CompileConfig) -> str:
     if resolved.spelled_out and resolved.activations is not None:
         return _describe_activations(resolved, resolved.activations, config)
     words = [f"groups of {resolved.group_size}" if resolved.group_size else "one scale for each output channel"]
+    if resolved.vector:
+        return ", ".join([*words, _describe_tables(resolved)])
     words.append("symmetric" if resolved.symmetric else "asymmetric")
     container = int_format(resolved.bits).container
     if container != resolved.bits and config.custom_ops == "always":
@@ -199,6 +201,14 @@ def _describe(scheme: "Scheme | None", config: CompileConfig) -> str:
         rounded = (level == 4 and config.target == "cpu") or resolved.activations is not None
         words.append("int8 activations inside products" if rounded else "exact compute")
     return ", ".join(words)
+
+
+def _describe_tables(scheme: "Scheme") -> str:
+    """The same for codes that name entries of tables."""
+    if scheme.bits == scheme.vector == 1:
+        return "signs of weights and activations" if scheme.activations is not None else "signs, exact compute"
+    columns = f"{scheme.vector} columns" if scheme.vector > 1 else "a column"
+    return f"a table of {1 << scheme.bits * scheme.vector} entries for {columns}, exact compute"
 
 
 def _describe_activations(scheme: "Scheme", activations: "Activations", config: CompileConfig) -> str:

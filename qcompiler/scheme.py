@@ -2,7 +2,7 @@
 
     scheme   = alias | "w" BITS "a" WIDTH *( "-" option )
     BITS     = "1" | "2" | "3" | "4" | "8" | "1.58" (ternary: minus one, zero and one times a scale)
-    WIDTH    = "16" (activations stay float) | "8" | "16int"
+    WIDTH    = "16" (activations stay float) | "8" | "16int" | "1" (with "w1": signs times signs)
     option   = "g" SIZE | "channel" | "head" SIZE | "sym" | "asym" | "static" | "dynamic" | "tensor" | "token" | "fp8"
              | "lut" | "vq2" | "vq4" (codes name entries of learned tables, each for 1, 2 or 4 columns)
 
@@ -20,7 +20,7 @@ from typing import Any
 from qcompiler.errors import SchemeError
 from qcompiler.numerics.activation import ActivationSpec
 from qcompiler.numerics.affine import WeightSpec
-from qcompiler.numerics.formats import FORMATS
+from qcompiler.numerics.formats import FORMATS, int_format
 
 __all__ = ["ALIASES", "GROUP_SIZES", "Activations", "Pattern", "Scheme", "SchemePlan", "parse_optional_scheme"]
 
@@ -36,9 +36,9 @@ ALIASES = {
 _TERNARY = "1.58"  # the logarithm of three
 _WIDTH = re.compile(r"w(\d+(?:\.\d+)?)a(16int|\d+)")
 _GRAMMAR = (
-    "w{1,1.58,2,3,4,8}a16 or w{1.58,2,3,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, -sym | -asym "
-    "(for example w4a16-g64-asym), or w8a8 followed by any of -channel | -headSIZE, -static | -dynamic, "
-    "-tensor | -token, -sym | -asym, -fp8 (for example w8a8-dynamic-token), or w8a16int"
+    "w1a1, w{1,1.58,2,3,4,8}a16 or w{1.58,2,3,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, "
+    "-sym | -asym, -lut | -vq2 | -vq4 (for example w4a16-g64-asym), or w8a8 followed by any of -channel | -headSIZE, "
+    "-static | -dynamic, -tensor | -token, -sym | -asym, -fp8 (for example w8a8-dynamic-token), or w8a16int"
 )
 _TWICE = {
     "granularity": "gives two granularities; keep one of -gSIZE and -channel",
@@ -73,7 +73,7 @@ class Activations:
     """How what a site reads is quantized; None marks what is still open.
 
     Attributes:
-        bits: 8 or 16.
+        bits: 8 or 16; 1 for signs times the mean magnitude of each token, with weights of 1 bit.
         dynamic: Whether scales are computed at run time.
         granularity: What shares a scale: ``tensor``, ``token``, or ``block`` (a token's values within one block of the
             weight: the kernel does it inside).
@@ -115,6 +115,11 @@ class Scheme:
     vector: int = 0
 
     @property
+    def needs_operators(self) -> bool:
+        """Whether ONNX Runtime has no kernel for such codes."""
+        return bool(self.vector) or int_format(self.bits).container != self.bits
+
+    @property
     def spelled_out(self) -> bool:
         """Whether the graph quantizes the activations, so that an integer (or 8-bit float) operator runs the site."""
         return self.activations is not None and self.activations.granularity != "block"
@@ -126,7 +131,7 @@ class Scheme:
         width = _WIDTH.fullmatch(head)
         if not width:
             raise SchemeError(f"scheme '{text}': '{head}' is not understood; expected {_GRAMMAR}, or {_aliases()}")
-        if width[2] not in ("16", "8", "16int"):
+        if width[2] not in ("16", "8", "16int") and width[0] != "w1a1":
             raise SchemeError(f"scheme '{text}': activations of {width[2]} bits are not available; expected {_GRAMMAR}")
         ternary = width[1] == _TERNARY
         tables = any(_WORDS.get(option, ("",))[0] == "vector" for option in options) or width[1] == "1"
@@ -153,7 +158,8 @@ class Scheme:
             given["vector"] = 1
         vector, others = given.pop("vector"), given.keys() - {"granularity"}
         unit, size = given.get("granularity", ("g", None))
-        if others or unit != "g" or width != "16" or bits == _TERNARY:
+        signs = (bits, vector, width) == ("1", 1, "1")
+        if others or unit != "g" or not (width == "16" or signs) or bits == _TERNARY:
             raise SchemeError(
                 f"scheme '{text}': tables and weights of 1 bit go with float activations and a group size or -channel "
                 "alone, for example w4a16-lut-g64 and w1a16-g64"
@@ -165,7 +171,8 @@ class Scheme:
             )
         if size and size < 8 * vector:
             raise SchemeError(f"scheme '{text}': a group has at least 8 codes; give -g{8 * vector} or more")
-        return cls(int(bits), size, True, vector=vector)
+        activations = Activations(1, dynamic=True, granularity="block") if signs else None
+        return cls(int(bits), size, True, activations, vector=vector)
 
     @classmethod
     def _made(cls, bits: int, width: str, given: dict[str, Any], text: str) -> "Scheme":
@@ -244,7 +251,7 @@ class Scheme:
         """Canonical text; parsing it gives the scheme back."""
         a = self.activations
         text = f"w{_TERNARY if self.ternary else self.bits}a" + (
-            "16" if a is None else "16int" if a.bits == 16 else "8"
+            "16" if a is None else "16int" if a.bits == 16 else str(a.bits)
         )
         if self.head_size:
             text += f"-head{self.head_size}"

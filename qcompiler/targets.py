@@ -120,13 +120,15 @@ def needs_operators(site: "Site", scheme: Scheme, config: CompileConfig) -> bool
         and config.target == "cpu"
         and config.output_format == "matmulnbits"
         and site.role != "embedding"
-        and scheme.activations is None
-        and (bool(scheme.vector) or int_format(scheme.bits).container != scheme.bits)
+        and (scheme.activations is None or scheme.activations.bits == 1)
+        and scheme.needs_operators
     )
 
 
-def stream_operator(spec: WeightSpec) -> str:
-    """The operator of our own that runs a weight whose codes are a stream."""
+def stream_operator(spec: WeightSpec, scheme: Scheme | None) -> str:
+    """The operator of our own that runs a weight whose codes are a stream; the scheme tells about activations."""
+    if scheme is not None and scheme.activations is not None and scheme.activations.bits == 1:
+        return "MatMulSigns"
     if spec.vector and not spec.signs:
         return f"MatMulCodebook{spec.entries}"
     return f"MatMul{spec.bits}Bit" + ("s" if spec.bits > 1 else "")

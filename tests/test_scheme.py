@@ -70,7 +70,7 @@ def test_every_alias_means_a_scheme():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not understood; expected w{1,1.58,2,3,4,8}a16"),
+        ("", "'' is not understood; expected w1a1, w{1,1.58,2,3,4,8}a16"),
         ("fp8", "'fp8' is not understood"),
         ("w4", "'w4' is not understood"),
         ("w4a4", "activations of 4 bits are not available"),

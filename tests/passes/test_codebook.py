@@ -67,6 +67,20 @@ def test_the_product_of_the_decoded_weight(library, op, scheme, dtype):  # noqa:
         assert np.abs(found.astype(np.float32) - expected).max() <= near * np.abs(expected).max()
 
 
+def test_signs_times_signs(library):  # noqa: F811
+    model = linear_model(136, 24)
+    weights, _, lowered = compiled(model, "w1a1-g32")
+    assert [node.op_type for node in model.graph] == ["MatMulSigns"]
+    assert {name.rsplit("_", 1)[-1] for name in model.graph.initializers} == {"codes", "magnitudes", "bias"}
+    assert lowered.records[0].reason == "MatMulSigns, group 32"
+    x = normal((7, 136), 3)
+    signs = np.where(x >= 0, 1, -1) * np.abs(x).mean(-1, keepdims=True)
+    (body,) = run(model, {"x": x})
+    np.testing.assert_allclose(body, signs @ weights["fc"].T, rtol=1e-4, atol=1e-4)
+    with OrtRunner(serialized(model), threads=1, custom_ops=library) as runner:
+        np.testing.assert_allclose(runner.run({"x": x})["y"], body, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scheme", ["w3a16-g32-lut", "w2a16-g32-vq2", "w1a16-g32"])
 def test_data_make_products_better(scheme):
     def noise(batches):
@@ -128,3 +142,23 @@ def test_what_cannot_be_is_said():
     ctx = context(scheme="w2a16-g32-vq4", custom_ops="always")
     (record,) = apply("assign_scheme", linear_model(66, 32), ctx).records
     assert (record.action, "66 columns are no multiple of 4" in record.reason) == ("skipped", True)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "w1a1-g32"])
+@pytest.mark.parametrize("data", [True, False])
+def test_whole_models_are_compiled_and_verified(tmp_path, scheme, data):
+    source = tmp_path / "model.onnx"
+    source.write_bytes(serialized(decoder(1, 64, 96)))
+    result = compile_model(
+        source,
+        plan=SchemePlan(Scheme.parse(scheme), None, None),
+        custom_ops="always",
+        calibration=token_batches(4) if data else None,
+        output=tmp_path / "out.onnx",
+    )
+    operator = "MatMulSigns" if scheme == "w1a1-g32" else SCHEMES[scheme]
+    kinds = [node.op_type for node in onnx.load(tmp_path / "out.onnx").graph.node if node.domain == DOMAIN]
+    assert kinds == [operator] * 7
+    assert {row.scheme for row in result.report.sites if row.action == "quantized"} == {scheme}
+    again = compile_model(tmp_path / "out.onnx", "w4a16", output=tmp_path / "twice.onnx", verify=False)
+    assert sum(row.action == "quantized" for row in again.report.sites) <= 2  # what was float: table and projection
