@@ -9,7 +9,7 @@ __all__ = ["k_means", "nearest"]
 
 _ROUNDS = 20
 # Centres up to which the best are found in one dimension, and bins in which values lie then.
-_SPLIT, _BINS = 16, 256
+_SPLIT, _BINS = 16, 128
 # Vectors that centres are found from.
 _POINTS = 1 << 15
 # Distances that are held at a time.
