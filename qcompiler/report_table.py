@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qcompiler.report import scheme_meaning
 from qcompiler.report_curve import curve_table
+from qcompiler.report_meaning import scheme_meaning
 
 if TYPE_CHECKING:
     from qcompiler.bench import BenchResult

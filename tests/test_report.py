@@ -11,7 +11,8 @@ from qcompiler import __version__
 from qcompiler.bench import BenchResult
 from qcompiler.config import CompileConfig
 from qcompiler.records import PassReport, SiteRecord
-from qcompiler.report import CompileReport, Excluded, SiteRow, merge_records, scheme_meaning, verification_table
+from qcompiler.report import CompileReport, Excluded, SiteRow, merge_records, verification_table
+from qcompiler.report_meaning import scheme_meaning
 from qcompiler.scheme import Scheme, SchemePlan
 from qcompiler.verify import AccuracyLevelCost, RunResult, Verification
 from qcompiler.verify_integers import IntegerAudit, Unfused

@@ -11,7 +11,7 @@ import pytest
 
 from qcompiler import streaming, waypoints
 from qcompiler.checkpoints import Checkpoints, code_version
-from qcompiler.passes import base
+from qcompiler.passes import base, base_segments
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.obq import Obq
 from qcompiler.scheme import Pattern, Scheme, SchemePlan
@@ -232,7 +232,7 @@ def test_what_everything_depends_on_redoes_everything(tmp_path, batches, name):
 
 def test_changed_code_redoes_everything(tmp_path, batches, monkeypatch):
     compiled(tmp_path, decoder(), batches)
-    for module in (waypoints, base):
+    for module in (waypoints, base_segments):
         monkeypatch.setattr(module, "code_version", lambda: code_version() + "x")
     assert compiled(tmp_path, decoder(), batches)[0].groups == GROUPS
 
