@@ -1,7 +1,7 @@
 """Make float16 of what stays float32: constants, and the values that nodes compute.
 
-1. An operator computes in float16 where its definition allows that. Scales of Q/DQ and MatMulNBits come along; with
-   `float16` in the configuration they were rounded to float16 before their codes were chosen.
+1. An operator computes in float16 where its definition allows that, as our own do. Scales of Q/DQ and MatMulNBits
+   come along; with `float16` in the configuration they were rounded to float16 before their codes were chosen.
 2. Kept in float32, behind Casts: operators in which float16 loses too much (powers, means, sums, logarithms, angles,
    integers that become floats) and elementwise operators that read nothing but what these compute; operators, or
    single inputs, that have no float16; and, but for cuda and tensorrt, operators between decoders and encoders of
@@ -56,7 +56,7 @@ class ConvertFloat16(QuantPass):
 
     name = "convert_float16"
     stage = Stage.LOWER
-    after = ("export_qdq", "fuse_gather", "fuse_matmul_nbits", "quantize_recurrent", "raise_opset")
+    after = ("export_qdq", "fuse_custom", "fuse_gather", "fuse_matmul_nbits", "quantize_recurrent", "raise_opset")
     Options = Options
 
     @classmethod

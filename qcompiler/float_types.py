@@ -1,6 +1,7 @@
 """Which inputs and outputs of an operator may be float16, and the types of values that a model does not declare.
 
-For standard operators the schema says so; for ONNX Runtime's own a table does, and what is in neither stays float32.
+For standard operators the schema says so; for ONNX Runtime's own a table does, our own take any, and what is in none
+of these stays float32.
 """
 
 from functools import cache
@@ -9,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.graph import walk
+from qcompiler.kernels.schemas import DOMAIN
 
 __all__ = ["halves", "infer_dtypes"]
 
@@ -39,7 +41,7 @@ def halves(node: ir.Node, opset: int) -> tuple[list[bool], list[bool]]:
         return [True] * len(node.inputs), [True] * len(node.outputs)
     found = _schema(node.op_type, opset) if node.domain == "" else None
     if found is None:
-        known = node.op_type in _RUNTIME and node.domain in ("", "com.microsoft")
+        known = node.domain == DOMAIN or (node.op_type in _RUNTIME and node.domain in ("", "com.microsoft"))
         wide = _RUNTIME.get(node.op_type, ())
         statistics = _STATISTICS.get(node.op_type, ())
         return (

@@ -28,6 +28,8 @@ _TABLES = ((2, 2, (64,)), (3, 1, (64,)), (4, 1, (32, 64)))
 _CONSTANT_BYTES = (75, 185)
 # What a lowered node says beyond what it says now and the names of its constants: attributes, domain, who made it.
 _NODE_BYTES = 95
+# The body of one of our own operators, and how many of them a plan may use.
+_BODY_BYTES, _BODIES = 1800, 4
 _FIRST_NUMBER = re.compile(r".*?\d+")
 
 
@@ -103,7 +105,7 @@ def formats_of(site: Site, scheme: Scheme, opset: int, config: CompileConfig) ->
 
     def add(candidate: Scheme, limit: int | None) -> int | None:
         spec = spec_of(site, candidate, config)
-        size = 8 * form_bytes(site, spec, config)
+        size = 8 * (form_bytes(site, spec, config) + _own_bytes(site, spec, config))
         if limit is not None and size >= limit:
             return limit
         found[candidate] = size, spec
@@ -136,6 +138,15 @@ def formats_of(site: Site, scheme: Scheme, opset: int, config: CompileConfig) ->
         [found[each][1] for each in ordered],
         [*sizes, int(width * site.rows * site.columns)],
     )
+
+
+def _own_bytes(site: Site, spec: WeightSpec, config: CompileConfig) -> int:
+    """Bytes that a file says about the constants which our own operators have beyond three, where they count."""
+    if config.max_size is None or not spec.stream:
+        return 0
+    more = 2 if spec.vector and not spec.signs else 1
+    each = _CONSTANT_BYTES[config.max_size > EXTERNAL_BYTES] + 3 * (len(site.weight.name or "") + 9)
+    return int(more * each)
 
 
 def _is_held(site: Site, scheme: Scheme, opset: int, config: CompileConfig) -> bool:
@@ -191,6 +202,7 @@ def fixed_bytes(model: ir.Model, sites: Sequence[Site], config: CompileConfig) -
             total += form_bytes(site, site_spec(site, config), config)
     # Codes, scales and zero points are called by their weight's name and up to 12 letters.
     total += sum(3 * (each + 3 * (len(weight.name or "") + 9)) for weight in mine)
+    total += _BODY_BYTES * _BODIES * (config.custom_ops == "always")
     total += _NODE_BYTES * sum(SCHEME_KEY in node.metadata_props for node in model.graph.all_nodes())
     for graph in model.graphs():
         kept = {

@@ -57,7 +57,7 @@ LAYERS: dict[str, tuple[str, str]] = {
         "numerics errors",
     ),
     "instruments": ("instruments", "legality files passes.base graph config records errors"),
-    "float_types": ("float_types", "graph numerics errors"),
+    "float_types": ("float_types", "graph kernels.schemas numerics errors"),
     "legality": ("legality", "passes.base graph kernels.schemas errors"),
     "report": ("report report_*", "itself targets config records numerics errors"),
     "bench": ("bench", "calibration session errors"),

@@ -136,6 +136,43 @@ def test_it_runs_before_what_is_named(tmp_path, algorithms):
     assert [node.op_type for node in onnx.load(output).graph.node] == ["MatMulCodebook16"]
 
 
+@pytest.mark.torch
+def test_codes_of_tables_are_not_learned_further():
+    model, ctx = (
+        decoder(1, 64, 96),
+        context(
+            plan=SchemePlan(Scheme.parse("w4a16-g32-lut"), None, None), batches=token_batches(4), custom_ops="always"
+        ),
+    )
+    for name in ("canonicalize", "assign_scheme", "codebook"):
+        apply(name, model, ctx)
+    before = {site.name: site.quantized.codes() for site in find_sites(model)[0] if site.quantized is not None}
+    result = apply("learned_rounding", model, ctx, steps=2)
+    assert {record.reason for record in result.records} == {"rounding not learned: its codes name entries of tables"}
+    for site in find_sites(model)[0]:
+        if site.name in before:
+            np.testing.assert_array_equal(site.quantized.codes(), before[site.name])
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32-lut", "w1a16-g32", "w1a1-g32", "w2a16-g32-vq2"])
+def test_float16_models_have_tables_and_scales_in_float16(tmp_path, scheme):
+    source = tmp_path / "model.onnx"
+    source.write_bytes(serialized(decoder(1, 64, 96)))
+    compile_model(
+        source,
+        plan=SchemePlan(Scheme.parse(scheme), None, None),
+        custom_ops="always",
+        float16=True,
+        output=tmp_path / "out.onnx",
+    )
+    graph = onnx.load(tmp_path / "out.onnx").graph
+    kept = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.domain == DOMAIN:
+            own = {kept[name].data_type for name in node.input[1:]}
+            assert own <= {onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT32}
+
+
 def test_what_cannot_be_is_said():
     (record,) = apply("assign_scheme", linear_model(64, 32), context(scheme="w4a16-g32-lut")).records
     assert (record.action, "need our own operators" in record.reason) == ("skipped", True)
