@@ -14,7 +14,6 @@ from qcompiler.numerics.affine import Grid, WeightSpec
 from qcompiler.numerics.codebooks import decode, fit_tables, refit_sign_scales, refit_tables, sweep_codebooks
 from qcompiler.numerics.second_order import damped, row_losses, shift, supported_share, upper_factor
 from qcompiler.passes.base import (
-    PassContext,
     QuantPassResult,
     WeightQuantizer,
     assigned_sites,
@@ -29,7 +28,7 @@ from qcompiler.shared_tables import read_products
 from qcompiler.statistics import LayerFacts
 from qcompiler.streaming import Reading, TokenCounts
 
-__all__ = ["MAX_DAMPING", "SegmentPass", "factor_of", "made_up", "unfactored", "with_tables"]
+__all__ = ["MAX_DAMPING", "SegmentPass", "factor_of", "made_up", "unfactored"]
 
 # As a fraction of diag(H).
 MAX_DAMPING = 1.0
@@ -122,6 +121,43 @@ class SegmentPass(WeightQuantizer):
             groups.setdefault((spec, site if spec.vector else None), []).append(site)
         return list(groups.values())
 
+    def with_tables(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None, rounds: int) -> Quantized:
+        """Quantize a weight to entries of learned tables, see the pass `codebook`; for options `drift` and `percdamp`.
+
+        Args:
+            weight: float32 ``[N, K]`` of one site, which tables belong to.
+            spec: A format with tables.
+            facts: Of its activation; without, or for a convolution of groups, all columns count the same.
+            rounds: Times that tables are solved for and codes found anew.
+        """
+        percdamp, context = self.options.percdamp, self.context
+        if facts is None or facts.hessian.ndim == 3:
+            hessian, importance, damping = np.eye(weight.shape[1]), None, percdamp
+            factor, order = hessian, np.arange(weight.shape[1])
+        else:
+            weight = made_up(weight, facts, self.options.drift, percdamp)
+            importance = np.diagonal(facts.hessian).astype(np.float32)
+            loudness = importance.reshape(-1, spec.vector).sum(-1)
+            order = (np.argsort(-loudness, kind="stable")[:, None] * spec.vector + np.arange(spec.vector)).reshape(-1)
+            factor, damping = factor_of(facts.hessian, order, percdamp, self.name)
+            hessian = damped(facts.hessian, damping)
+        tables, scale = fit_tables(weight, importance, spec, context.config.seed, context.threads)
+        codes, loss = sweep_codebooks(weight, factor, tables, scale, spec, order)
+        small = hessian.astype(np.float32)
+        for _ in range(rounds):
+            solved = refit_tables(weight, codes, tables, scale, small, spec)
+            if solved is tables:
+                break
+            found, left = sweep_codebooks(weight, factor, solved, scale, spec, order)
+            if left.sum() >= loss.sum():
+                break
+            tables, codes, loss = solved, found, left
+        if spec.signs and facts is not None:
+            scale = refit_sign_scales(weight, codes, scale, small, spec)
+            loss = row_losses(weight - decode(codes, tables, scale, spec), small)
+        grown = "" if damping == percdamp else f"damping grew to {damping:g}"
+        return Quantized(codes, Grid(scale, np.zeros_like(scale)), grown, loss, row_losses(weight, small), tables)
+
 
 def made_up(weight: np.ndarray, facts: LayerFacts, share: float, percdamp: float) -> np.ndarray:
     """The weight that makes up for what the layers before did, as far as that holds on held-out data.
@@ -147,57 +183,6 @@ def made_up(weight: np.ndarray, facts: LayerFacts, share: float, percdamp: float
         return weight
     change = shift(weight, facts.drift, damped(facts.hessian, percdamp), residual)
     return np.asarray(weight + np.float32(share) * change)
-
-
-def with_tables(
-    weight: np.ndarray,
-    spec: WeightSpec,
-    facts: LayerFacts | None,
-    *,
-    share: float,
-    percdamp: float,
-    rounds: int,
-    context: PassContext,
-    name: str,
-) -> Quantized:
-    """Quantize a weight to entries of learned tables, see the pass `codebook`.
-
-    Args:
-        weight: float32 ``[N, K]`` of one site, which tables belong to.
-        spec: A format with tables.
-        facts: Of its activation; without, or for a convolution of groups, all columns count the same.
-        share: See `made_up`.
-        percdamp: Damping of the Hessian.
-        rounds: Times that tables are solved for and codes found anew.
-        context: Of the pass.
-        name: Of the pass.
-    """
-    if facts is None or facts.hessian.ndim == 3:
-        hessian, importance, damping = np.eye(weight.shape[1]), None, percdamp
-        factor, order = hessian, np.arange(weight.shape[1])
-    else:
-        weight = made_up(weight, facts, share, percdamp)
-        importance = np.diagonal(facts.hessian).astype(np.float32)
-        loudness = importance.reshape(-1, spec.vector).sum(-1)
-        order = (np.argsort(-loudness, kind="stable")[:, None] * spec.vector + np.arange(spec.vector)).reshape(-1)
-        factor, damping = factor_of(facts.hessian, order, percdamp, name)
-        hessian = damped(facts.hessian, damping)
-    tables, scale = fit_tables(weight, importance, spec, context.config.seed, context.threads)
-    codes, loss = sweep_codebooks(weight, factor, tables, scale, spec, order)
-    small = hessian.astype(np.float32)
-    for _ in range(rounds):
-        solved = refit_tables(weight, codes, tables, scale, small, spec)
-        if solved is tables:
-            break
-        found, left = sweep_codebooks(weight, factor, solved, scale, spec, order)
-        if left.sum() >= loss.sum():
-            break
-        tables, codes, loss = solved, found, left
-    if spec.signs and facts is not None:
-        scale = refit_sign_scales(weight, codes, scale, small, spec)
-        loss = row_losses(weight - decode(codes, tables, scale, spec), small)
-    grown = "" if damping == percdamp else f"damping grew to {damping:g}"
-    return Quantized(codes, Grid(scale, np.zeros_like(scale)), grown, loss, row_losses(weight, small), tables)
 
 
 def factor_of(hessian: np.ndarray, order: np.ndarray, percdamp: float, name: str) -> tuple[np.ndarray, float]:

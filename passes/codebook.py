@@ -25,7 +25,7 @@ from qcompiler.errors import SchemeError
 from qcompiler.graph import Site
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.passes.base import QuantPassResult, assigned_sites, site_scheme
-from qcompiler.passes.base_segments import SegmentPass, with_tables
+from qcompiler.passes.base_segments import SegmentPass
 from qcompiler.quantized import Quantized
 from qcompiler.statistics import LayerFacts
 
@@ -86,14 +86,4 @@ class Codebook(SegmentPass):
 
     def quantize(self, weight: np.ndarray, spec: WeightSpec, facts: LayerFacts | None) -> Quantized:
         """Quantize a weight ``[N, K]``."""
-        options = self.options
-        return with_tables(
-            weight,
-            spec,
-            facts,
-            share=options.drift,
-            percdamp=options.percdamp,
-            rounds=options.rounds,
-            context=self.context,
-            name=self.name,
-        )
+        return self.with_tables(weight, spec, facts, self.options.rounds)

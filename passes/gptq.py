@@ -53,7 +53,7 @@ from qcompiler.numerics.second_order import (
     sweep_groups,
 )
 from qcompiler.passes.base import QuantPassResult, streaming
-from qcompiler.passes.base_segments import MAX_DAMPING, SegmentPass, factor_of, made_up, unfactored, with_tables
+from qcompiler.passes.base_segments import MAX_DAMPING, SegmentPass, factor_of, made_up, unfactored
 from qcompiler.quantized import Quantized
 from qcompiler.statistics import LayerFacts
 
@@ -145,17 +145,7 @@ class Gptq(SegmentPass):
         """Quantize a weight ``[N, K]``."""
         threads = self.context.threads
         if spec.vector:
-            options, rounds = self.options, max(1, self.options.refine)
-            return with_tables(
-                weight,
-                spec,
-                facts,
-                share=options.drift,
-                percdamp=options.percdamp,
-                rounds=rounds,
-                context=self.context,
-                name=self.name,
-            )
+            return self.with_tables(weight, spec, facts, max(1, self.options.refine))
         if facts is None or spec.fp8:
             grid = clip_grid(weight, spec, threads=threads)
             remark = "8-bit floats are rounded to nearest" if spec.fp8 and facts is not None else ""

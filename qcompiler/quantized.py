@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompiler.numerics.affine import Grid, WeightSpec, dequantize, storage_dtype
 from qcompiler.numerics.codebooks import decode
 from qcompiler.numerics.formats import float8_values
-from qcompiler.numerics.packing import pack_codes, pack_rows, unpack_codes, unpack_rows
+from qcompiler.numerics.packing import pack_codes, pack_rows, unpack_codes, unpack_stream
 
 __all__ = ["Quantized", "QuantizedTensor"]
 
@@ -104,7 +104,7 @@ def _packed(codes: np.ndarray, spec: WeightSpec) -> np.ndarray:
 
 def _unpacked(packed: np.ndarray, spec: WeightSpec, columns: int) -> np.ndarray:
     if spec.vector:
-        return unpack_rows(packed, spec.code_bits, columns // spec.vector)
+        return unpack_stream(packed, spec.code_bits, columns // spec.vector)
     return unpack_codes(packed, spec.bits, columns)
 
 

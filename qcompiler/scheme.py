@@ -135,7 +135,7 @@ class Scheme:
             raise SchemeError(f"scheme '{text}': activations of {width[2]} bits are not available; expected {_GRAMMAR}")
         ternary = width[1] == _TERNARY
         tables = any(_WORDS.get(option, ("",))[0] == "vector" for option in options) or width[1] == "1"
-        if not ternary and width[1] not in {*map(str, FORMATS), *(("1",) if tables else ())}:
+        if not ternary and width[1] not in ("1", *map(str, FORMATS)):
             known = ", ".join(("1", _TERNARY, *map(str, FORMATS)))
             raise SchemeError(f"scheme '{text}': weights of {width[1]} bits are not available; known widths: {known}")
         given: dict[str, Any] = {}
@@ -238,14 +238,10 @@ class Scheme:
             raise SchemeError(f"scheme '{self}' has to be resolved for a target first")
         if self.activations is not None and self.spelled_out:
             return WeightSpec(8, columns, True, False, scale_dtype, self.head_size, reduced, self.activations.fp8)
+        stream = stream or bool(self.vector)
         group_size = self.group_size or (-(-columns // 64) * 64 if stream else columns)
         signed = signed_scale and not self.ternary  # without the sign of a scale the lowest code is left out
-        if self.vector:
-            whole = -(-columns // 64) * 64  # one scale a row
-            return WeightSpec(
-                self.bits, self.group_size or whole, True, True, scale_dtype, stream=True, vector=self.vector
-            )
-        return WeightSpec(self.bits, group_size, self.symmetric, signed, scale_dtype, stream=stream)
+        return WeightSpec(self.bits, group_size, self.symmetric, signed, scale_dtype, stream=stream, vector=self.vector)
 
     def __str__(self) -> str:
         """Canonical text; parsing it gives the scheme back."""

@@ -66,7 +66,7 @@ def decode(codes: np.ndarray, tables: np.ndarray, scale: np.ndarray, spec: Weigh
     """The values float32 ``[N, K]`` that codes stand for."""
     rows, columns = len(codes), codes.shape[1] * spec.vector
     found = tables[table_of_rows(spec, rows, columns)[:, None], codes].reshape(rows, columns)
-    return np.asarray(found * scale.repeat(spec.group_size, axis=1)[:, :columns], np.float32)
+    return np.asarray(found * _wide(scale, spec, columns), np.float32)
 
 
 def fit_tables(
@@ -271,7 +271,7 @@ def refit_tables(
     (count, entries, d), columns = tables.shape, weight.shape[1]
     if entries * d > _SOLVED or spec.signs:
         return tables
-    table, wide = table_of_rows(spec, *weight.shape), scale.repeat(spec.group_size, axis=1)[:, :columns]
+    table, wide = table_of_rows(spec, *weight.shape), _wide(scale, spec, columns)
     slots = codes.astype(np.int64).repeat(d, axis=1) * d + np.arange(columns) % d  # [N, K], into E d
     found = tables.copy()
     for number in range(count):

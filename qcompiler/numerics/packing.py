@@ -33,7 +33,6 @@ __all__ = [
     "pack_stream",
     "transpose_packed",
     "unpack_codes",
-    "unpack_rows",
     "unpack_stream",
 ]
 
@@ -195,13 +194,8 @@ def pack_stream(codes: np.ndarray, bits: int, group_size: int) -> np.ndarray:
 
 
 def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes ``[N, K]`` of 1 to 8 bits as one stream a row, uint8 ``[N, ceil(K / 8) * bits]``."""
+    """Codes ``[N, K]`` of 1 to 8 bits as one stream a row, uint8 ``[N, ceil(K / 8) * bits]``; see `unpack_stream`."""
     return pack_stream(codes, bits, -(-codes.shape[1] // 8) * 8)[:, 0]
-
-
-def unpack_rows(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """Reverse `pack_rows`."""
-    return unpack_stream(packed, bits, columns)
 
 
 def unpack_stream(stream: np.ndarray, bits: int, columns: int) -> np.ndarray:
