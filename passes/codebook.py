@@ -70,7 +70,7 @@ class Codebook(SegmentPass):
         """Where a scheme asks for tables, or a budget may choose them, and the algorithm does not know of them."""
         if any(text.partition("{")[0].strip() == "gptq" for text in config.algorithms):
             return False
-        chosen = bool(config.budgets) and config.custom_ops == "always"
+        chosen = bool(config.budgets) and config.own_operators
         return chosen or any(scheme.vector for scheme in config.plan.schemes)
 
     def sites(self, model: ir.Model) -> list[Site]:

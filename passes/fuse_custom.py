@@ -36,7 +36,7 @@ class FuseCustom(QuantPass):
     @classmethod
     def applies(cls, config: CompileConfig) -> bool:
         """Where our own operators may be used."""
-        return config.custom_ops == "always"
+        return config.own_operators
 
     def call(self, model: ir.Model) -> QuantPassResult:
         """Rewrite site by site."""
@@ -61,7 +61,11 @@ class FuseCustom(QuantPass):
         """Put the operator in the place of the product; its accuracy level, None where it has none."""
         node, graph = site.node, site.node.graph
         assert isinstance(graph, ir.Graph)
-        level = (self.context.config.accuracy_level or 0) if OPERATORS[name].attributes else None
+        level = None
+        if OPERATORS[name].attributes:
+            scheme, asked = site_scheme(site), self.context.config.accuracy_level
+            rounds = scheme is not None and scheme.activations is not None
+            level = asked if asked is not None else 4 if rounds else 0
         bias, absorbed = bias_of(site, graph)
         constants = stream_constants(site)
         if bias is None:

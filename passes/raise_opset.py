@@ -47,7 +47,7 @@ class RaiseOpset(QuantPass):
     @classmethod
     def applies(cls, config: CompileConfig) -> bool:
         """Where an opset is asked for, for the output form QDQ, and for schemes that quantize activations."""
-        planned = config.output_format == "qdq" or quantizes_activations(config) or config.custom_ops == "always"
+        planned = config.output_format == "qdq" or quantizes_activations(config) or config.own_operators
         return config.opset is not None or planned
 
     def call(self, model: ir.Model) -> QuantPassResult:

@@ -123,7 +123,7 @@ compile_options = _all_of(
         default="auto",
         show_default=True,
         help="Use our own operators for formats that ONNX Runtime has no kernels for (3 bits): always, never, or auto: "
-        "where they are built. Their bodies run anywhere.",
+        "where they are built; prefer: where it has slower kernels too (w4a8). Their bodies run anywhere.",
     ),
     click.option("--opset", type=int, help="Raise the opset to this. Default: only where the output form needs it."),
     click.option(

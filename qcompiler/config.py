@@ -16,7 +16,7 @@ TARGETS = ("cpu", "cuda", "tensorrt", "portable")
 FORMATS_OUT = ("matmulnbits", "qdq")
 EFFORTS = ("fast", "balanced", "best")
 KV_CACHES = ("float", "kv8", "kv4")
-CUSTOM_OPS = ("auto", "always", "never")
+CUSTOM_OPS = ("auto", "always", "prefer", "never")
 CALIBRATORS = ("auto", "minmax", "average", "percentile", "mse", "entropy")
 
 
@@ -33,7 +33,8 @@ class CompileConfig:
         output_format: ``matmulnbits`` or ``qdq``.
         accuracy_level: MatMulNBits' accuracy level; None chooses exact compute at 3 and 4 bits, level 4 at 2 and 8.
         custom_ops: Whether formats that ONNX Runtime has no kernels for may be written as our own operators, whose
-            bodies run anywhere and whose library runs them fast: ``auto`` where the library is built.
+            bodies run anywhere and whose library runs them fast: ``auto`` where the library is built, ``prefer`` where
+            ONNX Runtime has slower kernels too.
         opset: Raise the standard opset to this; None keeps the model's where the output form allows it.
         calibration: A path, or an iterable of feeds (input name -> array), or None.
         tokenizer: tokenizer.json for text calibration data.
@@ -129,6 +130,11 @@ class CompileConfig:
             raise SchemeError(f"--accuracy-level {self.accuracy_level} does not exist; choose 0 to 4")
 
     @property
+    def own_operators(self) -> bool:
+        """Whether operators of our own may be written; "auto" has been decided by then."""
+        return self.custom_ops in ("always", "prefer")
+
+    @property
     def budgets(self) -> dict[str, float]:
         """The options that have formats chosen, with what they ask for."""
         given = {
@@ -155,7 +161,7 @@ class CompileConfig:
         used = {plan.default, plan.embedding, plan.lm_head}
         text = {scheme: "float" if scheme is None else str(scheme) for scheme in used}
         # Where all formats have kernels in ONNX Runtime, whether ours are built must not matter.
-        odd = bool(self.budgets) or any(each.needs_operators for each in plan.schemes)
+        odd = bool(self.budgets) or self.custom_ops == "prefer" or any(each.needs_operators for each in plan.schemes)
         return {
             **({"custom_ops": self.custom_ops} if odd else {}),
             "scheme": text[plan.default],

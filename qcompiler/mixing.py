@@ -202,7 +202,7 @@ def fixed_bytes(model: ir.Model, sites: Sequence[Site], config: CompileConfig) -
             total += form_bytes(site, site_spec(site, config), config)
     # Codes, scales and zero points are called by their weight's name and up to 12 letters.
     total += sum(3 * (each + 3 * (len(weight.name or "") + 9)) for weight in mine)
-    total += _BODY_BYTES * _BODIES * (config.custom_ops == "always")
+    total += _BODY_BYTES * _BODIES * config.own_operators
     total += _NODE_BYTES * sum(SCHEME_KEY in node.metadata_props for node in model.graph.all_nodes())
     for graph in model.graphs():
         kept = {

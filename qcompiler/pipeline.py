@@ -7,7 +7,7 @@ from dataclasses import replace
 from qcompiler import passes
 from qcompiler.config import CompileConfig
 from qcompiler.errors import SchemeError
-from qcompiler.kernels.library import library_path
+from qcompiler.kernels.library import cuda_targets, library_path
 from qcompiler.passes.base import WEIGHTS, PassContext, QuantPass, Stage, quantizes_activations
 
 __all__ = ["build", "default_algorithms", "parse", "pass_names", "with_operators"]
@@ -69,7 +69,9 @@ def with_operators(config: CompileConfig) -> CompileConfig:
     """The configuration with "auto" decided: our own operators are used where their library is built."""
     if config.custom_ops != "auto":
         return config
-    return replace(config, custom_ops="always" if library_path() is not None else "never")
+    library = library_path()
+    runs = library is not None and (config.target != "cuda" or bool(cuda_targets(library)))
+    return replace(config, custom_ops="always" if runs else "never")
 
 
 def default_algorithms(config: CompileConfig, *, calibrated: bool) -> tuple[str, ...]:

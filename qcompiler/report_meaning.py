@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from qcompiler.config import CompileConfig
 from qcompiler.numerics.formats import int_format
-from qcompiler.targets import IntegerRules, default_accuracy_level
+from qcompiler.targets import IntegerRules, default_accuracy_level, takes_operators
 
 if TYPE_CHECKING:
     from qcompiler.scheme import Activations, Scheme
@@ -36,7 +36,7 @@ def _describe(scheme: "Scheme | None", config: CompileConfig) -> str:
         return ", ".join([*words, _describe_tables(resolved)])
     words.append("symmetric" if resolved.symmetric else "asymmetric")
     container = int_format(resolved.bits).container
-    if container != resolved.bits and config.custom_ops == "always":
+    if takes_operators(resolved, config):
         words.append(f"{resolved.bits}-bit codes for operators of our own")
     elif container != resolved.bits:
         words.append(f"{resolved.bits}-bit codes stored in {container} bits")

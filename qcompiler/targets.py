@@ -33,6 +33,7 @@ __all__ = [
     "qdq_width",
     "site_refusal",
     "stream_operator",
+    "takes_operators",
 ]
 
 # ONNX Runtime 1.31 refuses anything newer.
@@ -111,18 +112,23 @@ class IntegerRules:
 
 
 def needs_operators(site: "Site", scheme: Scheme, config: CompileConfig) -> bool:
-    """Whether our own operators are to run a site, since ONNX Runtime has none for codes so wide.
+    """Whether our own operators are to run a site; a lookup keeps its codes in the next wider format."""
+    return site.role != "embedding" and takes_operators(scheme, config)
 
-    Only for weights that a product reads, on the CPU; a lookup keeps its codes in the next wider format.
+
+def takes_operators(scheme: Scheme, config: CompileConfig) -> bool:
+    """Whether our own operators are to run products with weights of a scheme.
+
+    They are where ONNX Runtime has no kernel for such codes. Where they are preferred they are where theirs are faster
+    too: on the CPU with activations of 8 bits and many rows, on CUDA with groups or zero points that its 4-bit kernel
+    does not take in a stride.
     """
-    return (
-        config.custom_ops == "always"
-        and config.target == "cpu"
-        and config.output_format == "matmulnbits"
-        and site.role != "embedding"
-        and (scheme.activations is None or scheme.activations.bits == 1)
-        and scheme.needs_operators
-    )
+    if not config.own_operators or config.target not in ("cpu", "cuda") or config.output_format != "matmulnbits":
+        return False
+    if scheme.spelled_out:
+        return False
+    faster = scheme.bits == 4 if config.target == "cuda" else scheme.bits <= 4 and scheme.activations is not None
+    return scheme.needs_operators or (config.custom_ops == "prefer" and faster)
 
 
 def stream_operator(spec: WeightSpec, scheme: Scheme | None) -> str:

@@ -17,7 +17,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Folder in the repository -> package it is installed as.
-PACKAGES = {"qcompiler": "qcompiler", "passes": "qcompiler.passes", "kernels/python": "qcompiler.kernels"}
+PACKAGES = {
+    "qcompiler": "qcompiler",
+    "passes": "qcompiler.passes",
+    "kernels/python": "qcompiler.kernels",
+    "kernels/triton": "qcompiler.kernels.triton",
+}
 OTHER_FOLDERS = ("benchmarks", "examples", "tests", "tools")
 MAX_FILE, MAX_TEST_FILE, MAX_FUNCTION = 400, 700, 60  # lines; a test file mirrors one module and lists its cases
 
@@ -129,10 +134,11 @@ LAYERS: dict[str, tuple[str, str]] = {
     "config": ("config", "scheme numerics errors"),
     "scheme": ("scheme", "numerics errors"),
     "records": ("records", "numerics errors"),
-    "kernels.build": ("kernels.build kernels.headers", "itself kernels.library errors"),
+    "kernels.build": ("kernels.build kernels.headers", "itself kernels.triton kernels.library errors"),
+    "kernels.triton": ("kernels.triton kernels.triton.*", "itself errors"),
     "kernels.library": ("kernels.library", "runtime errors"),
     "kernels.reference": ("kernels.reference", "kernels.schemas numerics errors"),
-    "kernels": ("kernels", "kernels.library"),
+    "kernels": ("kernels", "kernels.library runtime"),
     "kernels.schemas": ("kernels.schemas", "numerics errors"),
     "numerics": ("numerics numerics.*", "itself errors"),
     "extras": ("extras", "errors"),

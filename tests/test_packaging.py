@@ -19,7 +19,12 @@ from tests.conftest import REAL_MODULES
 
 ROOT = Path(__file__).parent.parent
 # Folder in the repository -> where the wheel has it.
-FOLDERS = {"qcompiler": "qcompiler", "passes": "qcompiler/passes", "kernels/python": "qcompiler/kernels"}
+FOLDERS = {
+    "qcompiler": "qcompiler",
+    "passes": "qcompiler/passes",
+    "kernels/python": "qcompiler/kernels",
+    "kernels/triton": "qcompiler/kernels/triton",
+}
 SITE_PACKAGES = sorted({path for path in sys.path if path.endswith(("site-packages", "dist-packages"))})
 
 
@@ -124,7 +129,7 @@ def test_dependencies_are_what_is_imported():
     distributions = {"google": "protobuf", "onnx_ir": "onnx-ir", "yaml": "pyyaml"}
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     core = set(re.findall(r'"([\w-]+)>=', re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)[1]))
-    lists = re.findall(r"^(?:cpu|gpu|text|report|torch) = \[(.*)\]", text, re.MULTILINE)
+    lists = re.findall(r"^(?:cpu|gpu|text|report|torch|triton) = \[(.*)\]", text, re.MULTILINE)
     extras = {name for names in lists for name in re.findall(r'"([\w-]+)', names)}
     imported = set()
     for folder in FOLDERS:

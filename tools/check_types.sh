@@ -12,4 +12,5 @@ wheel=$("$python" "$root/tools/build_wheel.py" "$work")
 cd "$work/site"
 # The names of the files are given as they are in the repository.
 MYPYPATH="$work/site" "$python" -m mypy --strict --config-file "$root/pyproject.toml" --cache-dir "$root/.mypy_cache" \
-    "$@" -p qcompiler | sed -E 's#^qcompiler/passes/#passes/#; s#^qcompiler/kernels/#kernels/python/#'
+    "$@" -p qcompiler |
+    sed -E "s#^qcompiler/(passes|kernels/triton)/#\1/#; s#^qcompiler/kernels/#kernels/python/#"

@@ -3,13 +3,25 @@
 Installed as `qcompiler.kernels`. `register(options)` lets a session of ONNX Runtime use the library.
 """
 
+import warnings
 from typing import Any
 
 __all__ = ["register"]
 
 
 def register(options: Any) -> None:
-    """Register the operators with the options of an onnxruntime session; see `library.register`."""
-    from qcompiler.kernels.library import register as register_library
+    """Register the operators with the options of an onnxruntime session; see `library.register`.
 
-    register_library(options)
+    Warns where ONNX Runtime has a CUDA provider that the library has no kernels for, or no driver to run them with.
+    """
+    from qcompiler.kernels import library
+    from qcompiler.runtime import require_onnxruntime
+
+    path = library.register(options)
+    if "CUDAExecutionProvider" in require_onnxruntime().get_available_providers():
+        problem = library.cuda_problem(path)
+        if problem:
+            text = (
+                f"{path}: {problem}; operators of ai.qcompiler run on the CPU. python -m qcompiler.kernels.build --cuda"
+            )
+            warnings.warn(f"{text} builds kernels for CUDA, and a GPU with its driver runs them", stacklevel=2)

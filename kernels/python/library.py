@@ -14,7 +14,17 @@ from typing import Any
 
 from qcompiler.errors import KernelError
 
-__all__ = ["FILE_NAME", "PLACE", "VARIABLE", "instruction_set", "library_path", "register", "signatures"]
+__all__ = [
+    "FILE_NAME",
+    "PLACE",
+    "VARIABLE",
+    "cuda_problem",
+    "cuda_targets",
+    "instruction_set",
+    "library_path",
+    "register",
+    "signatures",
+]
 
 FILE_NAME = "libqcompiler_ops.so"
 # Where `python -m qcompiler.kernels.build` puts it, and wheels carry it.
@@ -66,19 +76,32 @@ def register(options: Any, path: Path | None = None) -> Path:
 
 def instruction_set(path: Path | None = None) -> str:
     """What the library's kernels use on this processor: generic, avx2, avx512 or amx."""
-    path = path or library_path()
-    if path is None:
-        raise KernelError(f"{FILE_NAME} has not been built; python -m qcompiler.kernels.build makes it")
-    loaded = _loaded(path)
-    loaded.QcompilerIsa.restype = ctypes.c_char_p
-    return str(loaded.QcompilerIsa().decode())
+    return _said(path, "QcompilerIsa")
+
+
+def cuda_targets(path: Path | None = None) -> str:
+    """The processors that a library has kernels for CUDA for: ``sm_80 ... PTX``, or nothing."""
+    return _said(path, "QcompilerCudaTargets")
+
+
+def cuda_problem(path: Path | None = None) -> str:
+    """Why a library can launch no kernel for CUDA in this process, or nothing."""
+    return _said(path, "QcompilerCudaProblem")
 
 
 def signatures(path: Path) -> list[str]:
     """A line for each operator and combination of element types in a library: ``NAME(type, ...) -> type``."""
-    loaded = _loaded(path)
-    loaded.QcompilerSignatures.restype = ctypes.c_char_p
-    return str(loaded.QcompilerSignatures().decode()).splitlines()
+    return _said(path, "QcompilerSignatures").splitlines()
+
+
+def _said(path: Path | None, function: str) -> str:
+    """What a function of a library that takes nothing returns."""
+    path = path or library_path()
+    if path is None:
+        raise KernelError(f"{FILE_NAME} has not been built; python -m qcompiler.kernels.build makes it")
+    said = getattr(_loaded(path), function)
+    said.restype = ctypes.c_char_p
+    return str(said().decode())
 
 
 def _require_version(path: Path) -> None:

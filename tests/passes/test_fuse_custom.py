@@ -108,9 +108,8 @@ def test_a_convolution_with_a_kernel_of_one():
 
 @pytest.mark.parametrize(
     ("config", "operator"),
-    [({"custom_ops": "never"}, "MatMulNBits"), ({"custom_ops": "auto"}, "MatMulNBits"),
-     ({"custom_ops": "always", "target": "cuda"}, "MatMulNBits")],
-)  # fmt: skip
+    [({"custom_ops": "never"}, "MatMulNBits"), ({"custom_ops": "auto"}, "MatMulNBits")],
+)
 def test_where_they_may_not_be_used_three_bits_lie_in_four(config, operator):
     model = linear_model(64, 24)
     ctx = context(scheme="w3a16-g32-sym", **config)
@@ -118,7 +117,36 @@ def test_where_they_may_not_be_used_three_bits_lie_in_four(config, operator):
     records = [apply(name, model, ctx).records for name in ("fuse_custom", "fuse_matmul_nbits")]
     assert [len(each) for each in records] == [0, 1]
     assert [node.op_type for node in model.graph] == [operator]
-    assert load("fuse_custom").applies(ctx.config) == (config["custom_ops"] == "always")
+    assert not load("fuse_custom").applies(ctx.config)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "target", "custom_ops", "operator", "level"),
+    [
+        ("w4a8-g32", "cpu", "always", "MatMulNBits", 4),
+        ("w4a8-g32", "cpu", "prefer", "MatMul4Bits", 4),
+        ("w2a8-g32", "cpu", "prefer", "MatMul2Bits", 4),
+        ("w3a8-g32", "cpu", "always", "MatMul3Bits", 4),
+        ("w8a8-g32", "cpu", "prefer", "MatMulNBits", 4),
+        ("w4a16-g32-asym", "cpu", "prefer", "MatMulNBits", 0),
+        ("w4a16-g32-asym", "cuda", "always", "MatMulNBits", 0),
+        ("w4a16-g32-asym", "cuda", "prefer", "MatMul4Bits", 0),
+        ("w3a16-g32", "cuda", "always", "MatMul3Bits", 0),
+    ],
+)
+def test_where_their_kernels_are_faster_they_may_be_preferred(scheme, target, custom_ops, operator, level):
+    model = linear_model(64, 24)
+    ctx = context(scheme=scheme, target=target, custom_ops=custom_ops)
+    quantized(model, ctx)
+    weight = the_site(model).quantized.dequantized()
+    for name in ("fuse_custom", "fuse_matmul_nbits"):
+        apply(name, model, ctx)
+    (node,) = model.graph
+    assert node.op_type == operator
+    assert node.attributes["accuracy_level"].as_int() == level
+    x = normal((3, 64), 4)
+    expected = x @ weight.T
+    assert np.abs(run(model, {"x": x})[0] - expected).max() <= 1e-2 * np.abs(expected).max()
 
 
 def test_other_widths_and_tables_are_left_to_onnxruntime():
@@ -140,7 +168,9 @@ def test_old_opsets_are_raised_for_the_bodies():
 
 
 def test_unknown_ways_are_refused():
-    with pytest.raises(SchemeError, match="--custom-ops sometimes is unknown; choose one of auto, always, never"):
+    with pytest.raises(
+        SchemeError, match="--custom-ops sometimes is unknown; choose one of auto, always, prefer, never"
+    ):
         context(custom_ops="sometimes")
 
 
