@@ -24,7 +24,12 @@ void refuse(const Contract& contract, const std::string& node, const std::string
 
 int64_t accuracy_level(const Contract& contract, const Ort::ConstKernelInfo& info) {
   if (contract.kind != Kind::kUniform) return 0;
-  const auto level = info.GetAttribute<int64_t>("accuracy_level");
+  int64_t level = 0;
+  try {
+    level = info.GetAttribute<int64_t>("accuracy_level");
+  } catch (const Ort::Exception& error) {
+    refuse(contract, info.GetNodeName(), "accuracy_level has to be an integer from 0 to 4: " + std::string(error.what()));
+  }
   if (level < 0 || level > 4)
     refuse(contract, info.GetNodeName(), "accuracy_level is " + std::to_string(level) + ", and has to be 0 to 4");
   return level;
