@@ -1,4 +1,4 @@
-// Kernels for processors with AVX-512 and its VBMI, VNNI and VPOPCNTDQ parts (Ice Lake, Zen 4 and later).
+// Kernels for processors with AVX-512 and its VBMI, VNNI, VPOPCNTDQ and GFNI parts (Ice Lake, Zen 4 and later).
 //
 // All of them go along a row of the weight in steps of 64 columns, whose codes become bytes in one register with two or
 // three instructions; or, where that is faster, in larger blocks whose codes stay in the bytes that they share.
@@ -12,7 +12,7 @@
 #include "weight.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512vpopcntdq,fma,popcnt,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512vpopcntdq,gfni,fma,popcnt,bmi2")
 
 namespace qc {
 namespace avx512 {
@@ -41,10 +41,10 @@ inline __m512 lane_scales(const float* scales, int64_t step, int64_t group_size)
   return _mm512_permutexvar_ps(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), four);
 }
 
-// products[g] = scales[g] * sizes[g], and what zero points take away from the whole: sum of scale * zero * sum.
-inline float scaled(const Weight& w, int64_t n, const float* sizes, const float* sums, float* products) {
+// products[g] = scales[g] * sizes[g], and what zero points add to the whole, in parts: the sum of -scale * zero * sum.
+inline __m512 scaled(const Weight& w, int64_t n, const float* sizes, const float* sums, float* products) {
   const float* scales = w.scales + n * w.groups;
-  __m512 taken = _mm512_setzero_ps();
+  __m512 added = _mm512_setzero_ps();
   for (int64_t g = 0; g < w.groups; g += 16) {
     const __mmask16 part = w.groups - g >= 16 ? 0xffff : static_cast<__mmask16>((1u << (w.groups - g)) - 1);
     const __m512 scale = _mm512_maskz_loadu_ps(part, scales + g);
@@ -59,9 +59,25 @@ inline float scaled(const Weight& w, int64_t n, const float* sizes, const float*
       zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(part, w.zero_u8 + n * w.groups + g)));
     else
       zero = _mm512_maskz_loadu_ps(part, w.zero_f32 + n * w.groups + g);
-    taken = _mm512_fmadd_ps(_mm512_mul_ps(scale, zero), _mm512_maskz_loadu_ps(part, sums + g), taken);
+    added = _mm512_fnmadd_ps(_mm512_mul_ps(scale, zero), _mm512_maskz_loadu_ps(part, sums + g), added);
   }
-  return _mm512_reduce_add_ps(taken);
+  return added;
+}
+
+// The sum of each of some registers.
+template <int rows>
+inline void sum_up(const __m512 totals[rows], float* sums) {
+  if constexpr (rows == 4) {  // together: half as many instructions
+    const __m512 one = _mm512_add_ps(_mm512_unpacklo_ps(totals[0], totals[1]), _mm512_unpackhi_ps(totals[0], totals[1]));
+    const __m512 two = _mm512_add_ps(_mm512_unpacklo_ps(totals[2], totals[3]), _mm512_unpackhi_ps(totals[2], totals[3]));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(one), _mm512_castps_pd(two));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(one), _mm512_castps_pd(two));
+    const __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));  // in each lane of 128 bits
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  } else {
+    for (int r = 0; r < rows; ++r) sums[r] = _mm512_reduce_add_ps(totals[r]);
+  }
 }
 
 // Some rows of the weight, and rows of activations that meet their codes once these are decoded.
@@ -73,15 +89,13 @@ inline void int8_rows(const Weight& w, const Activations& a, int64_t n, int64_t 
   const int64_t ahead = rows * row_bytes(w);
   const int8_t* x[count];
   const uint8_t* row[rows];
-  float taken[rows][count];
   __m512 totals[rows][count];
   for (int m = 0; m < count; ++m) x[m] = a.codes + (first + m) * a.padded;
   for (int r = 0; r < rows; ++r) {
     row[r] = row_codes(w, n + r);
     for (int m = 0; m < count; ++m) {
       const int64_t place = (first + m) * w.groups;
-      taken[r][m] = scaled(w, n + r, a.scales + place, a.sums + place, products + (r * count + m) * stride);
-      totals[r][m] = _mm512_setzero_ps();
+      totals[r][m] = scaled(w, n + r, a.scales + place, a.sums + place, products + (r * count + m) * stride);
     }
   }
   for (int64_t step = 0; step < whole; step += inner) {
@@ -114,20 +128,22 @@ inline void int8_rows(const Weight& w, const Activations& a, int64_t n, int64_t 
     }
   for (int r = 0; r < rows; ++r)
     for (int m = 0; m < count; ++m)
-      y[(first + m) * ldy + n + r] = _mm512_reduce_add_ps(totals[r][m]) - taken[r][m];
+      y[(first + m) * ldy + n + r] = _mm512_reduce_add_ps(totals[r][m]);
 }
 
-// Codes of 1, 2 and 4 bits are decoded for less where 64 bytes become registers as they are: register p holds
-// code p of each byte, so that activations have to be *dealt* like that, column p, p + n, p + 2n ... of a block of 64 n
-// columns, n codes being in a byte. A lane then holds 4 n neighbouring columns of the block.
-constexpr int dealt_parts(int bits) { return 8 / bits; }
+// Blocks of columns whose codes become registers for less, if activations are *dealt* in the order that they come in.
+//
+// Codes of 1, 2 and 4 bits: 64 bytes are a register as they are, and register p holds code p of each byte, that is column
+// p, p + n, p + 2n ... of a block of 64 n columns, n codes being in a byte. Codes of 3 bits: 48 bytes are spread over
+// eight words, 16 codes in each, and register p holds the lower or the upper eight of each word. A lane of 32 bits holds
+// 4 columns of a run of 4 n, or of 16.
+constexpr int dealt_parts(int bits) { return bits == 3 ? 2 : 8 / bits; }
 constexpr int64_t dealt_columns(int bits) { return 64 * dealt_parts(bits); }
 
 // Whether groups and blocks fit each other.
 bool deals(const Weight& w) {
-  if (w.bits == 3) return false;
-  const int64_t block = dealt_columns(w.bits), lane = 4 * dealt_parts(w.bits);
-  return w.group_size >= block ? w.group_size % block == 0 : block % w.group_size == 0 && w.group_size % lane == 0;
+  const int64_t block = dealt_columns(w.bits), run = w.bits == 3 ? 16 : 4 * dealt_parts(w.bits);
+  return w.group_size >= block ? w.group_size % block == 0 : block % w.group_size == 0 && w.group_size % run == 0;
 }
 
 // Lay codes of a row of activations out as above; what is left of the last block is not touched.
@@ -136,29 +152,73 @@ void deal(const int8_t* codes, int64_t columns, int bits, int8_t* dealt) {
   const int64_t block = dealt_columns(bits);
   for (int64_t begin = 0; begin + block <= columns; begin += block)
     for (int p = 0; p < parts; ++p)
-      for (int j = 0; j < 64; ++j) dealt[begin + 64 * p + j] = codes[begin + parts * j + p];
+      for (int j = 0; j < 64; ++j)
+        dealt[begin + 64 * p + j] = codes[begin + (bits == 3 ? j / 8 * 16 + p * 8 + j % 8 : parts * j + p)];
+}
+
+// The bytes of a block.
+template <int bits>
+inline __m512i dealt_bytes(const uint8_t* from) {
+  if constexpr (bits != 3) return _mm512_loadu_si512(from);
+  const __m512i spread = _mm512_set_epi64(0x2f2e2d2c2b2a, 0x292827262524, 0x232221201f1e, 0x1d1c1b1a1918, 0x171615141312,
+                                          0x11100f0e0d0c, 0x0b0a09080706, 0x050403020100);
+  return _mm512_permutexvar_epi8(spread, _mm512_maskz_loadu_epi32(0x0fff, from));
+}
+
+// Codes of part p of a block: bits p * bits and up of each byte, which a product with a matrix of bits moves in one step.
+template <int bits, int p>
+inline __m512i dealt_codes(__m512i bytes) {
+  const __m512i mask = _mm512_set1_epi8((1 << bits) - 1);
+  if constexpr (bits == 3) {
+    const __m512i places = _mm512_set1_epi64(p ? 0x2d2a2724211e1b18 : 0x15120f0c09060300);
+    return _mm512_and_si512(_mm512_multishift_epi64_epi8(places, bytes), mask);
+  }
+  if constexpr (p == 0) return _mm512_and_si512(bytes, mask);
+  uint64_t matrix = 0;  // its highest byte says what makes bit 0
+  for (int bit = 0; bit < bits; ++bit) matrix |= uint64_t{1} << (p * bits + bit) << 8 * (7 - bit);
+  return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(static_cast<int64_t>(matrix)), 0);
+}
+
+template <int bits, int p>
+inline __m512i dealt_products(__m512i sums, __m512i bytes, const __m512i* values) {
+  if constexpr (p == dealt_parts(bits))
+    return sums;
+  else
+    return dealt_products<bits, p + 1>(_mm512_dpbusd_epi32(sums, dealt_codes<bits, p>(bytes), values[p]), bytes, values);
+}
+
+// Scales of the lanes of a block that holds `per` groups, which `lanes` names for each lane. No more is read than there
+// is: a processor waits where a load needs what two stores have just written.
+inline __m512 block_scales(const float* scales, int64_t per, __m512i lanes) {
+  double two;
+  switch (per) {
+    case 1: return _mm512_set1_ps(*scales);
+    case 2:
+      std::memcpy(&two, scales, sizeof two);
+      return _mm512_permutexvar_ps(lanes, _mm512_castpd_ps(_mm512_set1_pd(two)));
+    case 4: return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(scales)));
+    default: return _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(scales));
+  }
 }
 
 template <int bits, int rows>
 inline void dealt_rows(const Weight& w, const Activations& a, int64_t n, int64_t m, float* y, int64_t ldy,
                        float* products) {
   constexpr int parts = dealt_parts(bits);
-  constexpr int64_t block = dealt_columns(bits);
+  constexpr int64_t block = dealt_columns(bits), block_bytes = block * bits / 8;
   const int64_t stride = (w.groups + 31) / 16 * 16, blocks = w.padded() / block;
   const int64_t inner = w.group_size >= block ? w.group_size / block : 1, ahead = rows * row_bytes(w);
+  const int64_t per = w.group_size >= block ? 1 : block / w.group_size;
   const int8_t* x = a.dealt + m * a.padded;
-  const __m512i mask = _mm512_set1_epi8((1 << bits) - 1);
   alignas(64) int32_t lanes[16];
   for (int lane = 0; lane < 16; ++lane)
-    lanes[lane] = w.group_size >= block ? 0 : static_cast<int32_t>(lane * 4 * parts / w.group_size);
-  const __m512i groups = _mm512_load_si512(lanes);
+    lanes[lane] = per == 1 ? 0 : static_cast<int32_t>(lane * 4 * parts / w.group_size);
+  const __m512i lane_groups = _mm512_load_si512(lanes);
   const uint8_t* row[rows];
-  float taken[rows];
   __m512 totals[rows];
   for (int r = 0; r < rows; ++r) {
     row[r] = row_codes(w, n + r);
-    taken[r] = scaled(w, n + r, a.scales + m * w.groups, a.sums + m * w.groups, products + r * stride);
-    totals[r] = _mm512_setzero_ps();
+    totals[r] = scaled(w, n + r, a.scales + m * w.groups, a.sums + m * w.groups, products + r * stride);
   }
   for (int64_t first = 0; first < blocks; first += inner) {
     __m512i sums[rows];
@@ -167,16 +227,14 @@ inline void dealt_rows(const Weight& w, const Activations& a, int64_t n, int64_t
       __m512i values[parts];
       for (int p = 0; p < parts; ++p) values[p] = _mm512_loadu_si512(x + at * block + 64 * p);
       for (int r = 0; r < rows; ++r) {
-        const __m512i bytes = _mm512_loadu_si512(row[r] + 64 * at);
-        prefetch(row[r] + 64 * at + ahead);
-        sums[r] = _mm512_dpbusd_epi32(sums[r], _mm512_and_si512(bytes, mask), values[0]);
-        for (int p = 1; p < parts; ++p)
-          sums[r] = _mm512_dpbusd_epi32(sums[r], _mm512_and_si512(_mm512_srli_epi16(bytes, bits * p), mask), values[p]);
+        const uint8_t* from = row[r] + block_bytes * at;
+        prefetch(from + ahead);
+        sums[r] = dealt_products<bits, 0>(sums[r], dealt_bytes<bits>(from), values);
       }
     }
     const int64_t group = first * block / w.group_size;
     for (int r = 0; r < rows; ++r) {
-      const __m512 scales = _mm512_permutexvar_ps(groups, _mm512_loadu_ps(products + r * stride + group));
+      const __m512 scales = block_scales(products + r * stride + group, per, lane_groups);
       totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r]), scales, totals[r]);
     }
   }
@@ -192,7 +250,7 @@ inline void dealt_rows(const Weight& w, const Activations& a, int64_t n, int64_t
                                   totals[r]);
     }
   }
-  for (int r = 0; r < rows; ++r) y[m * ldy + n + r] = _mm512_reduce_add_ps(totals[r]) - taken[r];
+  sum_up<rows>(totals, y + m * ldy + n);
 }
 
 template <int bits>
@@ -209,6 +267,7 @@ void multiply_dealt(const Weight& w, const Activations& a, int64_t begin, int64_
   switch (w.bits) {
     case 1: return dealt<1>(w, a, begin, end, y, ldy);
     case 2: return dealt<2>(w, a, begin, end, y, ldy);
+    case 3: return dealt<3>(w, a, begin, end, y, ldy);
     default: return dealt<4>(w, a, begin, end, y, ldy);
   }
 }
@@ -301,12 +360,10 @@ inline void exact_rows(const Weight& w, const Activations& a, int64_t n, int64_t
   const int64_t stride = (w.groups + 31) / 16 * 16;
   const float* x = a.values + m * a.padded;
   const uint8_t* row[rows];
-  float taken[rows];
   __m512 totals[rows], table[rows];
   for (int r = 0; r < rows; ++r) {
     row[r] = row_codes(w, n + r);
-    taken[r] = scaled(w, n + r, nullptr, a.sums + m * w.groups, products + r * stride);
-    totals[r] = _mm512_setzero_ps();
+    totals[r] = scaled(w, n + r, nullptr, a.sums + m * w.groups, products + r * stride);
     table[r] = table_of<bits>(w, n + r);
   }
   const int64_t ahead = rows * row_bytes(w);
@@ -324,7 +381,7 @@ inline void exact_rows(const Weight& w, const Activations& a, int64_t n, int64_t
     for (int r = 0; r < rows; ++r)
       totals[r] = _mm512_fmadd_ps(sums[r], _mm512_set1_ps(products[r * stride + group]), totals[r]);
   }
-  for (int r = 0; r < rows; ++r) y[m * ldy + n + r] = _mm512_reduce_add_ps(totals[r]) - taken[r];
+  sum_up<rows>(totals, y + m * ldy + n);
 }
 
 template <int bits>

@@ -57,7 +57,7 @@ Isa detect() {
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
-                    __builtin_cpu_supports("avx512vpopcntdq");
+                    __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("gfni");
   if (!wide) return Isa::kAvx2;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
@@ -212,7 +212,8 @@ void matmul(const Weight& w, const float* a, int64_t count, const float* bias, b
                 prepared.tiles.data() + block * 16 * view.padded);
     });
     amx::turn(view.scales, count, w.groups, prepared.turned_scales.data());
-  } else if (int8 && isa() >= Isa::kAvx512 && avx512::runs(w) && avx512::deals(w)) {
+  } else if (int8 && isa() >= Isa::kAvx512 && avx512::runs(w) && avx512::deals(w) && (w.bits != 3 || count == 1)) {
+    // At 3 bits two rows of activations that share what is decoded are faster.
     prepare_dealt(w, count, parallel, prepared);
   }
 #endif
