@@ -21,7 +21,5 @@ def register(options: Any) -> None:
     if "CUDAExecutionProvider" in require_onnxruntime().get_available_providers():
         problem = library.cuda_problem(path)
         if problem:
-            text = (
-                f"{path}: {problem}; operators of ai.qcompiler run on the CPU. python -m qcompiler.kernels.build --cuda"
-            )
-            warnings.warn(f"{text} builds kernels for CUDA, and a GPU with its driver runs them", stacklevel=2)
+            remedy = "" if library.cuda_targets(path) else "; python -m qcompiler.kernels.build --cuda builds them"
+            warnings.warn(f"{path}: {problem}{remedy}; operators of ai.qcompiler run on the CPU", stacklevel=2)

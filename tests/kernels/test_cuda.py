@@ -252,7 +252,7 @@ def test_registering_beside_a_cuda_provider_says_what_is_missing(library, monkey
     monkeypatch.setattr(
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
-    with pytest.warns(UserWarning, match="no kernels for CUDA were built; operators of ai.qcompiler run on the CPU"):
+    with pytest.warns(UserWarning, match="no kernels for CUDA were built; .* builds them; operators of ai.qcompiler"):
         kernels.register(onnxruntime.SessionOptions())
 
 
