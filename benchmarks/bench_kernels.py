@@ -8,8 +8,9 @@ own, and times are those of one: to run a session takes 0.05 ms by itself, half 
 row of activations each operator runs beside the narrowest MatMulNBits that computes as it does: int8 forms beside
 accuracy level 4, exact ones beside level 0; for 128 rows 4-bit codes with 8-bit activations run beside both levels, of
 which the faster one counts. In every round each runs once, in an order that rotates; ratios are taken within a round,
-and their median is printed with its quartiles. The library is the one that `python -m qcompiler.kernels.build` made, or
-that QCOMPILER_OPS names. The exit code is 1 if a ratio is larger than it may be.
+and their median is printed with its quartiles. The error of an operator is that of one layer, root mean square, as a
+share of the exact result. The library is the one that `python -m qcompiler.kernels.build` made, or that QCOMPILER_OPS
+names. The exit code is 1 if a ratio or an error is larger than it may be.
 """
 
 import argparse
@@ -25,12 +26,14 @@ import onnx
 from onnx import helper
 
 from benchmarks.rows import collect, markdown, row_options
+from qcompiler.kernels import reference
 from qcompiler.kernels.library import instruction_set, library_path
 from qcompiler.kernels.schemas import DOMAIN, OPERATORS, function_proto
 from qcompiler.session import OrtRunner
 
 GROUP = 128
 OPSET = 21
+MOST_ERROR = {0: 1e-5, 4: 1e-2}  # by accuracy level
 # Name of a MatMulNBits -> (bits, accuracy level).
 BESIDE = {"4 bits, level 4": (4, 4), "4 bits, level 0": (4, 0), "2 bits, level 4": (2, 4)}
 
@@ -71,7 +74,10 @@ CASES = (
 
 @dataclass(frozen=True)
 class Result:
-    """A row of the table; times in milliseconds, ratios of the operator's time to that of what it ran beside."""
+    """A row of the table; times in milliseconds, ratios of the operator's time to that of what it ran beside.
+
+    `error` is that of the operator's result, as a share of it.
+    """
 
     operator: str
     level: int
@@ -83,6 +89,7 @@ class Result:
     ratio_low: float
     ratio_high: float
     most: float
+    error: float
 
 
 def _model(
@@ -177,8 +184,20 @@ def measure(case: Case, size: int, layers: int, rounds: int, threads: int) -> Re
     ratios = [mine / other for mine, other in zip(taken[0], taken[fastest], strict=True)]
     low, ratio, high = statistics.quantiles(ratios, n=4)
     mine, other = (1e3 * statistics.median(taken[at]) for at in (0, fastest))
-    beside = case.beside[fastest - 1]
-    return Result(case.operator, case.level, case.rows, beside, mine, other, ratio, low, high, case.most)
+    named = case.operator, case.level, case.rows, case.beside[fastest - 1]
+    return Result(*named, mine, other, ratio, low, high, case.most, error(case, size))
+
+
+def error(case: Case, size: int) -> float:
+    """How far the operator's result is from the exact one, root mean square, as a share of it."""
+    random = np.random.default_rng(1)
+    node, constants = _our_layer(case, size, random)
+    rows = random.standard_normal((case.rows, size)).astype(np.float32)
+    exact = reference.run(case.operator, [rows, *constants.values()]).astype(np.float64)
+    model = _model([(node, constants)], case.rows, size, body=True)
+    with OrtRunner(model, threads=1, custom_ops=library_path()) as runner:
+        found = runner.run({"A": rows})["Y"]
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
 def ways(size: int, layers: int, rounds: int, threads: int) -> Iterator[tuple[str, partial[Result]]]:
@@ -190,10 +209,21 @@ def ways(size: int, layers: int, rounds: int, threads: int) -> Iterator[tuple[st
 
 def table(results: Sequence[Result]) -> str:
     """The rows as Markdown."""
-    titles = ["operator", "beside MatMulNBits", "level", "rows", "ms", "beside, ms", "ratio", "quartiles", "at most"]
+    titles = [
+        "operator",
+        "beside MatMulNBits",
+        "level",
+        "rows",
+        "ms",
+        "beside, ms",
+        "ratio",
+        "quartiles",
+        "at most",
+        "error",
+    ]
     rows = [
         [r.operator, r.beside, str(r.level), str(r.rows), f"{r.ms:.3f}", f"{r.beside_ms:.3f}", f"{r.ratio:.2f}",
-         f"{r.ratio_low:.2f}-{r.ratio_high:.2f}", f"{r.most:.2f}"]
+         f"{r.ratio_low:.2f}-{r.ratio_high:.2f}", f"{r.most:.2f}", f"{r.error:.1e}"]
         for r in results
     ]  # fmt: skip
     return markdown(titles, rows, 2)
@@ -211,10 +241,12 @@ def main() -> None:
     print(f"N = K = {args.size}, {args.layers} layers, {args.threads} thread(s), {instruction_set()}", file=sys.stderr)
     results = collect(ways(args.size, args.layers, args.rounds, args.threads), args.only, args.save)
     print(table(results))
-    slow = [r for r in results if r.ratio > r.most]
-    for r in slow:
-        print(f"FAILS: {r.operator} at level {r.level} with {r.rows} rows takes {r.ratio:.2f} of {r.beside}")
-    sys.exit(bool(slow))
+    problems = [f"takes {r.ratio:.2f} of {r.beside}" if r.ratio > r.most else "" for r in results]
+    problems += [f"is wrong by {r.error:.1e}" if r.error > MOST_ERROR[r.level] else "" for r in results]
+    for r, problem in zip(2 * results, problems, strict=True):
+        if problem:
+            print(f"FAILS: {r.operator} at level {r.level} with {r.rows} rows {problem}")
+    sys.exit(any(problems))
 
 
 if __name__ == "__main__":

@@ -52,6 +52,8 @@ def _describe_tables(scheme: "Scheme") -> str:
     """The same for codes that name entries of tables."""
     if scheme.bits == scheme.vector == 1:
         return "signs of weights and activations" if scheme.activations is not None else "signs, exact compute"
+    if scheme.known:
+        return f"the table {scheme.known.upper()}, exact compute"
     columns = f"{scheme.vector} columns" if scheme.vector > 1 else "a column"
     return f"a table of {1 << scheme.bits * scheme.vector} entries for {columns}, exact compute"
 

@@ -5,6 +5,7 @@
     WIDTH    = "16" (activations stay float) | "8" | "16int" | "1" (with "w1": signs times signs)
     option   = "g" SIZE | "channel" | "head" SIZE | "sym" | "asym" | "static" | "dynamic" | "tensor" | "token" | "fp8"
              | "lut" | "vq2" | "vq4" (codes name entries of learned tables, each for 1, 2 or 4 columns)
+             | "nf4" (codes of 4 bits name quantiles of the normal distribution)
 
 What a scheme leaves open is filled in by the target (`Scheme.resolve`), so that the same text means the form that each
 target runs fast. With integer activations weights are symmetric, and "sym" and "asym" speak of the activations. In the
@@ -37,8 +38,8 @@ _TERNARY = "1.58"  # the logarithm of three
 _WIDTH = re.compile(r"w(\d+(?:\.\d+)?)a(16int|\d+)")
 _GRAMMAR = (
     "w1a1, w{1,1.58,2,3,4,8}a16 or w{1.58,2,3,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, "
-    "-sym | -asym, -lut | -vq2 | -vq4 (for example w4a16-g64-asym), or w8a8 followed by any of -channel | -headSIZE, "
-    "-static | -dynamic, -tensor | -token, -sym | -asym, -fp8 (for example w8a8-dynamic-token), or w8a16int"
+    "-sym | -asym, -lut | -nf4 | -vq2 | -vq4 (for example w4a16-g64-asym), or w8a8 followed by any of -channel | "
+    "-headSIZE, -static | -dynamic, -tensor | -token, -sym | -asym, -fp8 (for example w8a8-dynamic-token), or w8a16int"
 )
 _TWICE = {
     "granularity": "gives two granularities; keep one of -gSIZE and -channel",
@@ -46,7 +47,7 @@ _TWICE = {
     "dynamic": "says twice when activations are quantized; keep one of -static and -dynamic",
     "shared": "gives two granularities of activations; keep one of -tensor and -token",
     "fp8": "says -fp8 twice",
-    "vector": "gives two kinds of tables; keep one of -lut, -vq2 and -vq4",
+    "vector": "gives two kinds of tables; keep one of -lut, -nf4, -vq2 and -vq4",
 }
 # What only speaks of activations that the graph quantizes.
 _OF_CODES = ("dynamic", "shared", "fp8")
@@ -62,6 +63,7 @@ _WORDS: dict[str, tuple[str, Any]] = {
     "lut": ("vector", 1),
     "vq2": ("vector", 2),
     "vq4": ("vector", 4),
+    "nf4": ("vector", "nf4"),
 }
 _TABLES = {value: f"-{word}" for word, (kind, value) in _WORDS.items() if kind == "vector"}
 # Widths of codes that name entries of tables.
@@ -103,7 +105,8 @@ class Scheme:
         activations: How activations are quantized; None keeps them float.
         head_size: Output channels that share a scale; 0 gives each its own.
         ternary: Of the codes of 2 bits only the three around zero are used; symmetric.
-        vector: Columns that share a code, where codes name entries of learned tables; 0 where codes are numbers.
+        vector: Columns that share a code, where codes name entries of tables; 0 where codes are numbers.
+        known: The name of the table where it is known and not learned.
     """
 
     bits: int
@@ -113,6 +116,7 @@ class Scheme:
     head_size: int = 0
     ternary: bool = False
     vector: int = 0
+    known: str = ""
 
     @property
     def needs_operators(self) -> bool:
@@ -157,6 +161,9 @@ class Scheme:
         if bits == "1" and "vector" not in given:  # the two entries of its table are known
             given["vector"] = 1
         vector, others = given.pop("vector"), given.keys() - {"granularity"}
+        known, vector = (vector, 1) if isinstance(vector, str) else ("", vector)
+        if known and bits != "4":
+            raise SchemeError(f"scheme '{text}': {known} is a table for 4 bits; write w4a16-{known}")
         unit, size = given.get("granularity", ("g", None))
         signs = (bits, vector, width) == ("1", 1, "1")
         if others or unit != "g" or not (width == "16" or signs) or bits == _TERNARY:
@@ -172,7 +179,7 @@ class Scheme:
         if size and size < 8 * vector:
             raise SchemeError(f"scheme '{text}': a group has at least 8 codes; give -g{8 * vector} or more")
         activations = Activations(1, dynamic=True, granularity="block") if signs else None
-        return cls(int(bits), size, True, activations, vector=vector)
+        return cls(int(bits), size, True, activations, vector=vector, known=known)
 
     @classmethod
     def _made(cls, bits: int, width: str, given: dict[str, Any], text: str) -> "Scheme":
@@ -241,7 +248,8 @@ class Scheme:
         stream = stream or bool(self.vector)
         group_size = self.group_size or (-(-columns // 64) * 64 if stream else columns)
         signed = signed_scale and not self.ternary  # without the sign of a scale the lowest code is left out
-        return WeightSpec(self.bits, group_size, self.symmetric, signed, scale_dtype, stream=stream, vector=self.vector)
+        tables = {"vector": self.vector, "known": self.known}
+        return WeightSpec(self.bits, group_size, self.symmetric, signed, scale_dtype, stream=stream, **tables)
 
     def __str__(self) -> str:
         """Canonical text; parsing it gives the scheme back."""
@@ -254,7 +262,7 @@ class Scheme:
         elif self.group_size is not None and not self.spelled_out:
             text += f"-g{self.group_size}" if self.group_size else "-channel"
         if self.vector:
-            return text + ("" if self.bits == 1 and self.vector == 1 else _TABLES[self.vector])
+            return text + ("" if self.bits == 1 and self.vector == 1 else _TABLES[self.known or self.vector])
         symmetric = self.symmetric
         if a is not None and self.spelled_out:
             symmetric = a.symmetric

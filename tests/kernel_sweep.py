@@ -16,8 +16,8 @@ from qcompiler.kernels.schemas import OPERATORS
 from qcompiler.session import OrtRunner
 from tests.kernel_cases import cases, make_inputs, model_of
 
-# Rows of activations: one, a few, more than registers take at a time, a ragged number of tiles.
-ROWS = ((1,), (2, 3), (13,), (65,))
+# Rows of activations: one, a few, more than registers take at a time, a ragged number of tiles, many.
+ROWS = ((1,), (2, 3), (13,), (65,), (2, 128))
 
 
 def relative(found, expected):

@@ -53,6 +53,7 @@ class WeightSpec:
         stream: Codes are stored in just as many bits, and zero points in bytes: the form of our own operators.
         vector: Columns of a row that share a code where codes name entries of learned tables (see `codebooks`), which
             are symmetric and a stream; 0 where codes are numbers.
+        known: With `vector` 1: the name of the table where it is known and not learned (``nf4``).
     """
 
     bits: int
@@ -65,6 +66,7 @@ class WeightSpec:
     fp8: bool = False
     stream: bool = False
     vector: int = 0
+    known: str = ""
 
     @property
     def code_bits(self) -> int:

@@ -10,6 +10,8 @@ Shapes: W ``[N, K]``; scale ``[N, G]``; tables ``[C, E, d]``; codes ``[N, K / d]
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from statistics import NormalDist
 
 import numpy as np
 
@@ -22,6 +24,7 @@ __all__ = [
     "decode",
     "fit_tables",
     "group_scales",
+    "known_table",
     "refit_sign_scales",
     "refit_tables",
     "sweep_codebooks",
@@ -34,19 +37,40 @@ _OVERHEAD = 0.05
 # Turns of fitting tables and searching scales, and shares of a scale that are tried.
 _TURNS = 2
 _SHARES = (1.0, 0.94, 0.88, 0.82, 0.75, 0.66)
-# The table of weights of 1 bit.
-_SIGNS = np.array([[[-1.0], [1.0]]], np.float32)
 # Entries times columns up to which tables are solved for, which takes as many products with H.
 _SOLVED = 64
 
 
 def table_rows(spec: WeightSpec, rows: int, columns: int) -> int:
     """Rows that share a table, in whole eights or all of them."""
-    if spec.signs:
+    if known_table(spec) is not None:
         return rows
     stored = spec.entries * spec.vector * (16 if spec.scale_dtype == "float16" else 32)
     wanted = -(-stored // max(1, int(_OVERHEAD * columns * 8))) * 8
     return min(rows, wanted)
+
+
+@cache
+def _nf4() -> tuple[float, ...]:
+    """Quantiles of the normal distribution, zero and both ends among them.
+
+    Eight are as likely above zero and seven below (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3); scaled to
+    end at minus and plus one.
+    """
+    last = 0.5 * ((1 - 1 / 32) + (1 - 1 / 30))  # the probability of what is below the largest
+    quantile = NormalDist().inv_cdf
+    above = [quantile(p) for p in np.linspace(last, 0.5, 9)[:-1]]
+    below = [-quantile(p) for p in np.linspace(last, 0.5, 8)[:-1]]
+    return tuple(sorted(float(value / above[0]) for value in (*below, 0.0, *above)))
+
+
+def known_table(spec: WeightSpec) -> np.ndarray | None:
+    """The table float32 ``[1, E, 1]`` of a format that has nothing to learn, or None: signs, and NF4."""
+    if spec.signs:
+        return np.array([[[-1.0], [1.0]]], np.float32)
+    if spec.known:
+        return np.array(_nf4(), np.float32).reshape(1, -1, 1)
+    return None
 
 
 def table_of_rows(spec: WeightSpec, rows: int, columns: int) -> np.ndarray:
@@ -87,11 +111,14 @@ def fit_tables(
         Tables float32 ``[C, E, d]`` and scales float32 ``[N, G]``.
     """
     rows, columns = weight.shape
-    if spec.signs:
-        return _SIGNS.copy(), _mean_scales(weight, importance, spec)
+    known = known_table(spec)
+    if known is not None and spec.signs:
+        return known, _mean_scales(weight, importance, spec)
     each = table_rows(spec, rows, columns)
     counts = np.ones(columns, np.float32) if importance is None else np.maximum(importance, 1e-12)
     counts = counts.reshape(-1, spec.vector).mean(-1)  # [K / d]
+    if known is not None:
+        return known, _searched(weight, counts, known[0], np.abs(group_scales(weight, spec)), spec)
     parts = [weight[start : start + each] for start in range(0, rows, each)]
     with ThreadPoolExecutor(threads) as pool:
         found = list(pool.map(lambda part: _fitted(part, counts, spec, seed), parts))
@@ -269,7 +296,7 @@ def refit_tables(
         float32 ``[C, E, d]``.
     """
     (count, entries, d), columns = tables.shape, weight.shape[1]
-    if entries * d > _SOLVED or spec.signs:
+    if entries * d > _SOLVED or known_table(spec) is not None:
         return tables
     table, wide = table_of_rows(spec, *weight.shape), _wide(scale, spec, columns)
     slots = codes.astype(np.int64).repeat(d, axis=1) * d + np.arange(columns) % d  # [N, K], into E d

@@ -11,6 +11,7 @@ from qcompiler.numerics.codebooks import (
     decode,
     fit_tables,
     group_scales,
+    known_table,
     refit_sign_scales,
     refit_tables,
     sweep_codebooks,
@@ -30,6 +31,7 @@ SCHEMES = (
     "w1a16-g32-vq4",
     "w2a16-g32-vq4",
     "w4a16-channel-lut",
+    "w4a16-g32-nf4",
 )
 
 
@@ -243,3 +245,33 @@ def test_scales_of_signs_are_solved_for():
         moved = solved.copy()
         moved[:, group] *= share
         assert (cost(moved) >= best * (1 - 1e-5)).all()
+
+
+def test_nf4_is_the_published_table():
+    """The sixteen numbers of Dettmers et al. 2023, appendix E."""
+    published = [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ]  # fmt: skip
+    np.testing.assert_allclose(known_table(spec_of("w4a16-nf4", 64))[0, :, 0], published, atol=3e-7)
+
+
+def test_nf4_keeps_its_table_and_fits_normal_weights_better_than_a_grid():
+    """With one scale for each group its largest magnitude, as it is published; scales that leave less are found."""
+    weight, spec = normal((64, 256), 5), spec_of("w4a16-g64-nf4", 256)
+    tables, scale = fit_tables(weight, None, spec, 0)
+    assert np.array_equal(tables, known_table(spec))
+    assert (scale > 0).all()
+    nearest_codes = np.abs(weight[..., None] / scale.repeat(64, axis=1)[..., None] - tables[0, :, 0]).argmin(-1)
+    found = np.square(decode(nearest_codes.astype(np.uint8), tables, scale, spec) - weight).mean()
+    largest = np.abs(weight.reshape(64, -1, 64)).max(-1)
+    plain = np.abs(weight[..., None] / largest.repeat(64, axis=1)[..., None] - tables[0, :, 0]).argmin(-1)
+    published = np.square(decode(plain.astype(np.uint8), tables, largest, spec) - weight).mean()
+    step = largest / 7.5
+    grid = np.square(
+        np.clip(np.rint(weight / step.repeat(64, axis=1)), -8, 7) * step.repeat(64, axis=1) - weight
+    ).mean()
+    assert found < published < grid
+    codes = np.zeros(weight.shape, np.uint8)
+    assert refit_tables(weight, codes, tables, scale, np.eye(256, dtype=np.float32), spec) is tables

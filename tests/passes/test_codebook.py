@@ -25,6 +25,7 @@ SCHEMES = {
     "w3a16-g32-lut": "MatMulCodebook8",
     "w4a16-g64-lut": "MatMulCodebook16",
     "w4a16-channel-lut": "MatMulCodebook16",
+    "w4a16-g32-nf4": "MatMulCodebook16",
     "w2a16-g32-vq2": "MatMulCodebook16",
     "w1a16-g32-vq4": "MatMulCodebook16",
     "w2a16-g32-vq4": "MatMulCodebook256",
