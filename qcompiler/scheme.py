@@ -248,8 +248,8 @@ class Scheme:
         stream = stream or bool(self.vector)
         group_size = self.group_size or (-(-columns // 64) * 64 if stream else columns)
         signed = signed_scale and not self.ternary  # without the sign of a scale the lowest code is left out
-        tables = {"vector": self.vector, "known": self.known}
-        return WeightSpec(self.bits, group_size, self.symmetric, signed, scale_dtype, stream=stream, **tables)
+        made = WeightSpec(self.bits, group_size, self.symmetric, signed, scale_dtype, stream=stream)
+        return replace(made, vector=self.vector, known=self.known)
 
     def __str__(self) -> str:
         """Canonical text; parsing it gives the scheme back."""
