@@ -1,8 +1,8 @@
 """Decide for every site which scheme it gets, and write the decision on the node.
 
 1. A site gets the scheme that the plan gives its role and names, completed for the target;
-   `metadata_props["qcompiler.scheme"]` holds its text, and "qcompiler.site" the name under which reports know it.
-   Decisions of an earlier run are forgotten.
+   `metadata_props["qcompiler.scheme"]` holds its text, and "qcompiler.site" the name under which reports know it;
+   "qcompiler.sparse" says how many of its values are to become zero. Decisions of an earlier run are forgotten.
 2. Sites that share a weight and a scheme keep sharing it: it is quantized once and stored once.
 3. Sites that share a weight but differ in scheme, or in which of its axes are rows, are untied: each kind gets an
    initializer of its own (the data is copied only when the model is written). Whatever else reads the weight, or the
@@ -18,9 +18,10 @@ from collections.abc import Iterable, Iterator
 import onnx_ir as ir
 
 from qcompiler.errors import SchemeError
-from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, Site, unique_name
+from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, SPARSE_KEY, Site, unique_name
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, explicit_activations, quantizes_activations
 from qcompiler.records import SiteRecord
+from qcompiler.scheme import Scheme
 from qcompiler.sites import find_products, find_sites, node_names
 from qcompiler.targets import site_refusal
 
@@ -47,7 +48,7 @@ class AssignScheme(QuantPass):
     def call(self, model: ir.Model) -> QuantPassResult:
         """Run the cases in order; a pattern that selects nothing is a SchemeError."""
         nodes = ir.traversal.RecursiveGraphIterator(model.graph)
-        old = [node.metadata_props.pop(key, "") for node in nodes for key in (SCHEME_KEY, SITE_KEY)]
+        old = [node.metadata_props.pop(key, "") for node in nodes for key in (SCHEME_KEY, SITE_KEY, SPARSE_KEY)]
         sites, refusals = find_sites(model)
         products = find_products(model.graph)
         config = self.context.config
@@ -64,7 +65,7 @@ class AssignScheme(QuantPass):
             text = ""
             if scheme is not None:
                 resolved = scheme.resolve(config.target)
-                reason = site_refusal(site, resolved, config)
+                reason = site_refusal(site, resolved.dense, config) if resolved.dense is not None else ""
                 text = "" if reason else str(resolved)
             kind = (text, bool(text) and "KN" in site.layout)
             chosen.setdefault(site.weight, {}).setdefault(kind, []).append(site)
@@ -103,8 +104,11 @@ def _apply(weight: ir.Value, by_kind: dict[_Kind, list[Site]]) -> None:
         if kind != keeper:
             _untie(members, kind[0])
         if kind[0]:
+            scheme = Scheme.parse(kind[0])
+            marks = {SCHEME_KEY: scheme.dense, SPARSE_KEY: scheme.sparsity}
+            texts = {key: str(value) for key, value in marks.items() if value is not None}
             for site in members:
-                site.node.metadata_props.update({SCHEME_KEY: kind[0], SITE_KEY: site.name})
+                site.node.metadata_props.update({**texts, SITE_KEY: site.name})
 
 
 def _has_other_readers(weight: ir.Value, sites: list[Site]) -> bool:

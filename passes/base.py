@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompiler.checkpoints import Arrays, Checkpoints
 from qcompiler.config import CompileConfig
 from qcompiler.errors import NumericsError
-from qcompiler.graph import SCHEME_KEY, Site, read_weight, write_weight
+from qcompiler.graph import SCHEME_KEY, SPARSE_KEY, Site, read_weight, write_weight
 from qcompiler.numerics.affine import Grid, WeightSpec
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.observing import Collector, observe
@@ -182,13 +182,14 @@ def site_spec(site: Site, config: CompileConfig) -> WeightSpec:
 
 def spec_of(site: Site, scheme: Scheme, config: CompileConfig) -> WeightSpec:
     """The WeightSpec that a resolved scheme means for a site."""
-    return scheme.spec(
+    made = scheme.spec(
         site.columns,
         "float16" if config.float16 and site.scale_dtype == "float32" else site.scale_dtype,
         signed_scale=config.target in ("cpu", "cuda"),
         reduced=config.reduce_range,
         stream=needs_operators(site, scheme, config),
     )
+    return dataclasses.replace(made, sparse=True) if SPARSE_KEY in site.node.metadata_props else made
 
 
 def scheme_text(site: Site) -> str:
@@ -239,9 +240,14 @@ class WeightQuantizer(QuantPass):
         spec = site_spec(sites[0], self.context.config)
         facts = self.facts_of(sites, facts)
         try:
-            return self.quantize(np.concatenate(weights) if len(weights) > 1 else weights[0], spec, facts)
+            weight = np.concatenate(weights) if len(weights) > 1 else weights[0]
+            result = self.quantize(weight, spec, facts)
         except NumericsError as error:
             raise NumericsError(f"{', '.join(repr(site.name) for site in sites)}: {error}") from error
+        if spec.sparse and not spec.fp8:  # whatever the algorithm knows of that
+            middle = result.grid.zero_point.repeat(spec.group_size, axis=1)[:, : weight.shape[1]]
+            result.codes[:] = np.where(weight == 0, middle, result.codes)
+        return result
 
     def _written(
         self, sites: Sequence[Site], weights: list[np.ndarray], result: Quantized, remark: str

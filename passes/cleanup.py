@@ -12,7 +12,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import EXTERNAL_BYTES, SCHEME_KEY, SITE_KEY
+from qcompiler.graph import EXTERNAL_BYTES, SCHEME_KEY, SITE_KEY, SPARSE_KEY
 from qcompiler.lowering import make_node
 from qcompiler.passes.base import QuantPass, QuantPassResult, Stage
 
@@ -38,7 +38,7 @@ class Cleanup(QuantPass):
         removed = sum(_remove_dead(graph) for graph in reversed(list(model.graphs())))
         marked = 0
         for node in ir.traversal.RecursiveGraphIterator(model.graph):
-            for key in (SCHEME_KEY, SITE_KEY):
+            for key in (SCHEME_KEY, SITE_KEY, SPARSE_KEY):
                 marked += node.metadata_props.pop(key, None) is not None
         shared = _share_tables(model, self.name) if model.opset_imports.get("", 0) >= _FLATTEN_INTEGERS else 0
         return QuantPassResult(model, bool(removed or marked or shared))

@@ -106,8 +106,9 @@ class Gptq(SegmentPass):
     4. `drift` has no effect on these, nor where weights are measured on the float model (--no-sequential).
     5. Where `guided` cannot be followed, since PyTorch cannot run the model or no gradient arrives, records say so, and
        all tokens count the same.
-    6. Codes that name entries of tables are found as the pass `codebook` does, outputs being unrelated.
-    7. Where the damped Hessian cannot be factored, damping grows tenfold, is reported, and past 1.0 is an error.
+    6. Where a scheme prunes, zeros stay zero, the others make up for that too, and outputs count as unrelated.
+    7. Codes that name entries of tables are found as the pass `codebook` does, outputs being unrelated.
+    8. Where the damped Hessian cannot be factored, damping grows tenfold, is reported, and past 1.0 is an error.
     """
 
     name = "gptq"
@@ -152,11 +153,12 @@ class Gptq(SegmentPass):
             return Quantized(quantize(weight, grid, spec, threads), grid, remark)
         if facts.hessian.ndim == 3:
             result = self._quantize_groups(weight, spec, facts.hessian)
-            return replace(result, remark="; ".join(filter(None, (result.remark, self._unguided(facts)))))
+            return replace(result, remark="; ".join(filter(None, (result.remark, self._unguided(facts, spec)))))
         if facts.curvatures is None and facts.drift is None and len(weight) > _ROWS:
             starts = range(0, len(weight), _ROWS)  # rows are unrelated, and a vocabulary has many
             return Quantized.stacked([self.quantize(weight[start : start + _ROWS], spec, facts) for start in starts])
-        related = self._related(facts)
+        zeros = weight == 0 if spec.sparse else None
+        related = None if spec.sparse else self._related(facts)
         weight = made_up(weight, facts, self.options.drift, self.options.percdamp)
         importance = np.diagonal(facts.hessian).astype(np.float32)
         order = np.argsort(-importance, kind="stable") if self.options.act_order else np.arange(len(importance))
@@ -169,15 +171,18 @@ class Gptq(SegmentPass):
                 else min_max_grid(weight, spec, threads)
             )
             factor, damping = factored.result()
-            codes, loss = self._swept(weight, factor, grid, spec, order, related)
+            codes, loss = self._swept(weight, factor, grid, spec, order, related, zeros)
             energy = summed.result()
         if self.options.refine:
-            codes, grid, loss = self._refined(weight, codes, damped(facts.hessian, damping), grid, spec, related)
+            hessian = damped(facts.hessian, damping)
+            codes, grid, loss = self._refined(weight, codes, hessian, grid, spec, related, zeros)
         grown = "" if damping == self.options.percdamp else f"damping grew to {damping:g}"
-        return Quantized(codes, grid, "; ".join(filter(None, (grown, self._unguided(facts)))), loss, energy)
+        return Quantized(codes, grid, "; ".join(filter(None, (grown, self._unguided(facts, spec)))), loss, energy)
 
-    def _unguided(self, facts: LayerFacts) -> str:
+    def _unguided(self, facts: LayerFacts, spec: WeightSpec) -> str:
         """Why a site is not guided, where that was wanted; empty if it is."""
+        if self.guidance is not None and spec.sparse:
+            return "not guided: its values are pruned"
         if self.guidance is None or facts.curvatures is not None:
             return ""
         return f"not guided: {self.guidance.problem or 'no gradient of the answer is known there'}"
@@ -190,10 +195,11 @@ class Gptq(SegmentPass):
         spec: WeightSpec,
         order: np.ndarray,
         related: list[np.ndarray] | None,
+        zeros: np.ndarray | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Codes and losses, rows being related or not."""
         if related is None:
-            return sweep(weight, factor, grid, spec, order, self.options.lazy_block)
+            return sweep(weight, factor, grid, spec, order, self.options.lazy_block, zeros)
         return sweep_coupled(weight, factor, related, grid, spec, order, self.options.lazy_block)
 
     def _related(self, facts: LayerFacts) -> list[np.ndarray] | None:
@@ -241,6 +247,7 @@ class Gptq(SegmentPass):
         grid: Grid,
         spec: WeightSpec,
         related: Sequence[np.ndarray] | None = None,
+        zeros: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Grid, np.ndarray]:
         """The codes, the grid and the loss of each row after the rounds of scale refit and coordinate descent."""
         hessian = hessian.astype(np.float32)
@@ -249,7 +256,7 @@ class Gptq(SegmentPass):
         for _ in range(self.options.refine):
             if related is None:
                 grid = refit_scales(weight, codes, hessian, grid, spec)
-                codes = descend(weight, codes, hessian, grid, spec, self.options.lazy_block)
+                codes = descend(weight, codes, hessian, grid, spec, self.options.lazy_block, zeros)
             else:
                 grid = refit_coupled(weight, codes, hessian, related, grid, spec)
                 codes = descend_coupled(weight, codes, hessian, related, grid, spec, self.options.lazy_block)

@@ -91,7 +91,7 @@ class MixedPrecision(QuantPass):
 
     name = "mixed_precision"
     stage = Stage.TRANSFORM
-    after = ("awq", "equalize", "reorder", "rotate", "smooth_conv", "smoothquant")
+    after = ("awq", "equalize", "prune", "reorder", "rotate", "smooth_conv", "smoothquant")
     needs_calibration = True
     Options = Options
 

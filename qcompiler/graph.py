@@ -20,6 +20,7 @@ __all__ = [
     "PASS_KEY",
     "SCHEME_KEY",
     "SITE_KEY",
+    "SPARSE_KEY",
     "Refusal",
     "Site",
     "collect_names",
@@ -36,6 +37,7 @@ __all__ = [
 
 # What passes note on nodes: the scheme and the name of a site while they are at work, and the pass that made the node.
 SCHEME_KEY = "qcompiler.scheme"
+SPARSE_KEY = "qcompiler.sparse"
 SITE_KEY = "qcompiler.site"
 PASS_KEY = "qcompiler.pass"
 _NAMES_KEY = "qcompiler.names"

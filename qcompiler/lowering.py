@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, Site, unique_name
+from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, SPARSE_KEY, Site, unique_name
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.codebooks import table_of_rows
 from qcompiler.numerics.formats import int_format
@@ -90,7 +90,9 @@ def make_node(
 
     Its name is that of `origin` with `suffix`, or the operator, behind it.
     """
-    metadata = {key: text for key, text in origin.metadata_props.items() if key not in (SCHEME_KEY, SITE_KEY)}
+    metadata = {
+        key: text for key, text in origin.metadata_props.items() if key not in (SCHEME_KEY, SITE_KEY, SPARSE_KEY)
+    }
     metadata[PASS_KEY] = pass_name
     name = unique_name(graph, f"{origin.name or origin.op_type}_{suffix or op_type}")
     present = list(inputs)

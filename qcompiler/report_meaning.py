@@ -28,6 +28,10 @@ def _short(scheme: "Scheme | None") -> str:
 def _describe(scheme: "Scheme | None", config: CompileConfig) -> str:
     if scheme is None:
         return "weights as they are"
+    if scheme.sparsity is not None:
+        kept = f"all but {scheme.sparsity.kept} of {scheme.sparsity.of}" if scheme.sparsity.of else ""
+        zeros = f"{kept or f'{scheme.sparsity.share:.0%}'} of the values zero"
+        return ", ".join([zeros, _describe(scheme.dense, config)])
     resolved = scheme.resolve(config.target)
     if resolved.spelled_out and resolved.activations is not None:
         return _describe_activations(resolved, resolved.activations, config)

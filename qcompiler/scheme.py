@@ -1,6 +1,7 @@
 """The scheme grammar and the plan that says which site gets which scheme.
 
-    scheme   = alias | "w" BITS "a" WIDTH *( "-" option )
+    scheme   = alias | [ SPARSE "+" ] "w" BITS "a" WIDTH *( "-" option ) | SPARSE
+    SPARSE   = "sparse" PERCENT | "sparse" KEPT ":" OF (values of weights become zero: a share, or all but KEPT of OF)
     BITS     = "1" | "2" | "3" | "4" | "8" | "1.58" (ternary: minus one, zero and one times a scale)
     WIDTH    = "16" (activations stay float) | "8" | "16int" | "1" (with "w1": signs times signs)
     option   = "g" SIZE | "channel" | "head" SIZE | "sym" | "asym" | "static" | "dynamic" | "tensor" | "token" | "fp8"
@@ -18,10 +19,11 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qcompiler.errors import SchemeError
+from qcompiler.errors import NumericsError, SchemeError
 from qcompiler.numerics.activation import ActivationSpec
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.formats import FORMATS, int_format
+from qcompiler.numerics.pruning import Sparsity
 
 __all__ = ["ALIASES", "GROUP_SIZES", "Activations", "Pattern", "Scheme", "SchemePlan", "parse_optional_scheme"]
 
@@ -35,11 +37,13 @@ ALIASES = {
     "q8": "w8a16-g32-sym",
 }
 _TERNARY = "1.58"  # the logarithm of three
+_SPARSE = re.compile(r"sparse([^+]*)(?:\+(.*))?")
 _WIDTH = re.compile(r"w(\d+(?:\.\d+)?)a(16int|\d+)")
 _GRAMMAR = (
     "w1a1, w{1,1.58,2,3,4,8}a16 or w{1.58,2,3,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, "
     "-sym | -asym, -lut | -nf4 | -vq2 | -vq4 (for example w4a16-g64-asym), or w8a8 followed by any of -channel | "
-    "-headSIZE, -static | -dynamic, -tensor | -token, -sym | -asym, -fp8 (for example w8a8-dynamic-token), or w8a16int"
+    "-headSIZE, -static | -dynamic, -tensor | -token, -sym | -asym, -fp8 (for example w8a8-dynamic-token), or "
+    "w8a16int, or sparse50 or sparse2:4 alone or in front of one of these (sparse2:4+w4a16)"
 )
 _TWICE = {
     "granularity": "gives two granularities; keep one of -gSIZE and -channel",
@@ -99,7 +103,7 @@ class Scheme:
     """One scheme as written; None marks what the target decides.
 
     Attributes:
-        bits: Weight bits.
+        bits: Weight bits; 0 keeps weights float, in schemes that only prune.
         group_size: Columns that share a scale; 0 means one scale for each output channel.
         symmetric: Whether the zero is the middle code.
         activations: How activations are quantized; None keeps them float.
@@ -107,6 +111,7 @@ class Scheme:
         ternary: Of the codes of 2 bits only the three around zero are used; symmetric.
         vector: Columns that share a code, where codes name entries of tables; 0 where codes are numbers.
         known: The name of the table where it is known and not learned.
+        sparsity: How many values become zero, or None.
     """
 
     bits: int
@@ -117,11 +122,17 @@ class Scheme:
     ternary: bool = False
     vector: int = 0
     known: str = ""
+    sparsity: Sparsity | None = None
+
+    @property
+    def dense(self) -> "Scheme | None":
+        """The scheme without its sparsity; None where it only prunes."""
+        return replace(self, sparsity=None) if self.bits else None
 
     @property
     def needs_operators(self) -> bool:
         """Whether ONNX Runtime has no kernel for such codes."""
-        return bool(self.vector) or int_format(self.bits).container != self.bits
+        return bool(self.vector) or (bool(self.bits) and int_format(self.bits).container != self.bits)
 
     @property
     def spelled_out(self) -> bool:
@@ -131,6 +142,9 @@ class Scheme:
     @classmethod
     def parse(cls, text: str) -> "Scheme":
         """Read a scheme; raises SchemeError saying what was expected."""
+        sparse = _SPARSE.fullmatch(text.strip().lower())
+        if sparse:
+            return cls._of_zeros(sparse[1], sparse[2], text)
         head, *options = ALIASES.get(text.strip().lower(), text.strip().lower()).split("-")
         width = _WIDTH.fullmatch(head)
         if not width:
@@ -154,6 +168,20 @@ class Scheme:
         if ternary and made.symmetric is False:
             raise SchemeError(f"scheme '{text}': ternary weights are symmetric; drop -asym, or use w2a16-asym")
         return replace(made, ternary=True, symmetric=True) if ternary else made
+
+    @classmethod
+    def _of_zeros(cls, share: str, dense: str | None, text: str) -> "Scheme":
+        """A scheme some of whose values are zero; ``w4`` is short for ``w4a16``."""
+        try:
+            sparsity = Sparsity.parse(share)
+        except NumericsError as error:
+            raise SchemeError(f"scheme '{text}': {error}") from error
+        if dense is None:
+            return cls(0, 0, True, sparsity=sparsity)
+        made = cls.parse(dense + "a16" if re.fullmatch(r"w[\d.]+", dense) else dense)
+        if made.vector or made.sparsity:
+            raise SchemeError(f"scheme '{text}': pruned weights need a code for zero; tables and signs have none")
+        return replace(made, sparsity=sparsity)
 
     @classmethod
     def _of_tables(cls, bits: str, width: str, given: dict[str, Any], text: str) -> "Scheme":
@@ -215,6 +243,8 @@ class Scheme:
 
     def resolve(self, target: str) -> "Scheme":
         """Fill in what was left open with what `target` runs fast: see `docs/schemes.md`."""
+        if not self.bits:
+            return self
         if self.activations is not None and self.spelled_out:
             a = self.activations
             dynamic = bool(a.dynamic)
@@ -253,6 +283,8 @@ class Scheme:
 
     def __str__(self) -> str:
         """Canonical text; parsing it gives the scheme back."""
+        if self.sparsity is not None:
+            return f"sparse{self.sparsity}" + (f"+{self.dense}" if self.bits else "")
         a = self.activations
         text = f"w{_TERNARY if self.ternary else self.bits}a" + (
             "16" if a is None else "16int" if a.bits == 16 else str(a.bits)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from qcompiler.config import CompileConfig
+from qcompiler.graph import SPARSE_KEY
 from qcompiler.numerics.affine import WeightSpec, storage_dtype
 from qcompiler.numerics.codebooks import table_rows
 from qcompiler.numerics.formats import int_format
@@ -217,6 +218,8 @@ def site_refusal(site: "Site", scheme: Scheme, config: CompileConfig) -> str:
 
 def _table_refusal(site: "Site", scheme: Scheme, config: CompileConfig) -> str:
     """The same for codes that name entries of tables."""
+    if SPARSE_KEY in site.node.metadata_props:
+        return "pruned weights need a code for zero, and tables have none"
     if site.role == "embedding":
         return "no operator looks up rows of codes that name entries of tables; use --embedding w8a16"
     if site.columns % scheme.vector:

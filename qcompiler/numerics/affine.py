@@ -54,6 +54,7 @@ class WeightSpec:
         vector: Columns of a row that share a code where codes name entries of learned tables (see `codebooks`), which
             are symmetric and a stream; 0 where codes are numbers.
         known: With `vector` 1: the name of the table where it is known and not learned (``nf4``).
+        sparse: What is zero stays zero.
     """
 
     bits: int
@@ -67,6 +68,7 @@ class WeightSpec:
     stream: bool = False
     vector: int = 0
     known: str = ""
+    sparse: bool = False
 
     @property
     def code_bits(self) -> int:

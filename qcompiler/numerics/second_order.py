@@ -113,7 +113,13 @@ def supported_share(
 
 
 def sweep(
-    weight: np.ndarray, factor: np.ndarray, grid: Grid, spec: WeightSpec, order: np.ndarray, lazy_block: int = 128
+    weight: np.ndarray,
+    factor: np.ndarray,
+    grid: Grid,
+    spec: WeightSpec,
+    order: np.ndarray,
+    lazy_block: int = 128,
+    zeros: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Quantize the columns of a weight one after the other.
 
@@ -124,6 +130,7 @@ def sweep(
         spec: Target format.
         order: int ``[K]``, the visiting order.
         lazy_block: Columns between two updates with matrix products; the result does not depend on it but for rounding.
+        zeros: bool ``[N, K]``, values that get the code of zero whatever they are; None for none.
 
     Returns:
         Codes uint8 ``[N, K]`` and the loss of each row, float64 ``[N]``: the diagonal of ``(W - Q) H (W - Q)^T``.
@@ -131,7 +138,8 @@ def sweep(
     scale, zero = np.ascontiguousarray(grid.scale.T), np.ascontiguousarray(grid.zero_point.T)  # [G, N]
     group = order // spec.group_size
     values = np.ascontiguousarray(weight.T[order])  # [K, N], so that a column of W is contiguous
-    codes, loss = _swept(values, factor, lambda k: (scale[group[k]], zero[group[k]]), spec.limits, lazy_block)
+    fixed = None if zeros is None else np.ascontiguousarray(zeros.T[order])
+    codes, loss = _swept(values, factor, lambda k: (scale[group[k]], zero[group[k]]), spec.limits, lazy_block, fixed)
     result = np.empty(weight.shape, np.uint8)
     result[:, order] = codes.T
     return result, loss
@@ -170,10 +178,11 @@ def _swept(
     grid: Callable[[int], tuple[np.ndarray, np.ndarray]],
     limits: tuple[float | np.ndarray, float | np.ndarray],
     lazy_block: int,
+    zeros: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes uint8 ``[K, N]`` and losses ``[N]`` of columns float32 ``[K, N]`` in visiting order.
 
-    `grid` has scale and zero point ``[N]`` of the k-th column.
+    `grid` has scale and zero point ``[N]`` of the k-th column; `zeros` ``[K, N]`` names values that become zero.
     """
     columns, rows = values.shape
     diagonal = np.diagonal(factor)
@@ -188,6 +197,8 @@ def _swept(
             value = values[k] + carried[k - start] + feedback[k, start:k] @ errors[start:k]
             s, z = grid(k)
             code = round_between(value, s, z, *limits)
+            if zeros is not None:
+                code = np.where(zeros[k], z, code)
             codes[k] = code
             quantized = (code - z) * s
             np.subtract(values[k], quantized, out=errors[k])
@@ -277,7 +288,13 @@ def refit_scales(weight: np.ndarray, codes: np.ndarray, hessian: np.ndarray, gri
 
 
 def descend(
-    weight: np.ndarray, codes: np.ndarray, hessian: np.ndarray, grid: Grid, spec: WeightSpec, lazy_block: int = 128
+    weight: np.ndarray,
+    codes: np.ndarray,
+    hessian: np.ndarray,
+    grid: Grid,
+    spec: WeightSpec,
+    lazy_block: int = 128,
+    zeros: np.ndarray | None = None,
 ) -> np.ndarray:
     """One round of coordinate descent on the codes: each column moves to its best code with all others held fixed.
 
@@ -290,6 +307,7 @@ def descend(
         grid: Scale and zero point ``[N, G]``.
         spec: Target format.
         lazy_block: Columns between two updates with matrix products.
+        zeros: bool ``[N, K]``, values that keep the code of zero; None for none.
 
     Returns:
         Codes uint8 ``[N, K]``.
@@ -307,6 +325,8 @@ def descend(
             old = (result[k] - z) * s
             slope = gradient[k] - hessian[k, start:k] @ moves[: k - start]
             code = round_to_grid(old + slope / hessian[k, k], s, z, spec)
+            if zeros is not None:
+                code = np.where(zeros[:, k], z, code)
             result[k] = code
             np.subtract((code - z) * s, old, out=moves[k - start])
         gradient[stop:] -= hessian[stop:, start:stop] @ moves

@@ -29,6 +29,8 @@ def tuning_problem(site: Site) -> str:
         return "its float weight is gone"
     if site.quantized.spec.fp8:
         return "8-bit floats are not learned"
+    if site.quantized.spec.sparse:
+        return "its values are pruned"
     if site.quantized.spec.vector:
         return "its codes name entries of tables"
     if site.dtype != ir.DataType.FLOAT:
