@@ -53,15 +53,14 @@ def measure(work: Path, scheme: str, method: str) -> Result:
     command = compile_command(minilm.exported_minilm(), scheme, [*shared, "--algorithm", way], out)
     cost = run(command, work / "log")
     report = json.loads(out.with_suffix(".report.json").read_text("utf-8"))
-    (step,) = [each for each in report["passes"] if each["name"] == "prune"]
-    metrics = [record["metrics"] for record in step["records"]]
+    metrics = [row["metrics"] for row in report["sites"] if "zeros" in row["metrics"]]
     expected, found = minilm.compared_embeddings(out)
     size = sum(file.stat().st_size for file in (out, out.with_name(f"{out.name}.data")) if file.exists())
     return Result(
         scheme,
         method,
         zeros=float(np.mean([each["zeros"] for each in metrics])),
-        loss=float(np.mean([each["relative_loss"] for each in metrics])),
+        loss=float(np.mean([each["pruning_loss"] for each in metrics])),
         error=float(1 - np.sum(expected * found, axis=1, dtype=np.float64).mean()),
         retrieval=minilm.retrieval_accuracy(out),
         mb=size / 1e6,

@@ -193,8 +193,10 @@ def spec_of(site: Site, scheme: Scheme, config: CompileConfig) -> WeightSpec:
 
 
 def scheme_text(site: Site) -> str:
-    """What records call the format of an assigned site: the text of its scheme, activations included."""
-    return site.node.metadata_props[SCHEME_KEY]
+    """What records call the format of an assigned site: the text of its scheme, activations and zeros included."""
+    marks = site.node.metadata_props
+    sparse = f"sparse{marks[SPARSE_KEY]}+" if SPARSE_KEY in marks else ""
+    return sparse + marks[SCHEME_KEY]
 
 
 def site_scheme(site: Site) -> Scheme | None:

@@ -114,14 +114,14 @@ class Prune(QuantPass):
                     for part, hessian in zip(parts, hessians, strict=True)
                 ]
                 pruned = np.concatenate(found)
-                metrics["relative_loss"] = _relative_loss(parts, found, hessians)
+                metrics["pruning_loss"] = _relative_loss(parts, found, hessians)
         except NumericsError as error:
             raise NumericsError(f"'{site.name}': {error}") from error
         array = np.ascontiguousarray(to_stored(pruned, site.layout).astype(site.dtype.numpy()))
         site.weight.const_value = ir.Tensor(array, name=site.weight.name)
         metrics = {"zeros": float(np.mean(pruned == 0)), "sqnr_db": sqnr_db(weight, pruned), **metrics}
-        reason = f"{method}: {why}" if why else method
-        return SiteRecord(site.name, "rewritten", f"sparse{text}", reason, metrics)
+        reason = f"pruned by {method}" + (f": {why}" if why else "")
+        return SiteRecord(site.name, "pruned", f"sparse{text}", reason, metrics)
 
     def _pruned(self, weight: np.ndarray, hessian: np.ndarray | None, sparsity: Sparsity, method: str) -> np.ndarray:
         """The pruned weight float32 ``[N, K]``."""

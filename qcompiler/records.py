@@ -5,7 +5,7 @@ from typing import Literal
 
 __all__ = ["Action", "PassReport", "SiteRecord"]
 
-Action = Literal["assigned", "quantized", "scaled", "fused", "rewritten", "activation", "plan", "skipped"]
+Action = Literal["assigned", "quantized", "scaled", "fused", "pruned", "rewritten", "activation", "plan", "skipped"]
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ _SKIPS_LISTED = 3
 _FIGURES = ("bits_per_weight", "sqnr_db", "loss", "relative_loss", "seconds")
 
 
+# Passes whose work is wanted where nothing is quantized.
+_KEPT = ("convert_float16", "prune")
+
+
 @dataclass
 class SiteRow:
     """Everything that happened at one site.
@@ -212,7 +216,7 @@ class CompileReport:
     @property
     def changed(self) -> bool:
         """Whether there is a model to write that differs from the one that came in."""
-        return bool(self.quantized_sites) or any(p.name == "convert_float16" and p.modified for p in self.passes)
+        return bool(self.quantized_sites) or any(p.modified and p.name in _KEPT for p in self.passes)
 
     def below_floor(self) -> list[str]:
         """The accuracy floors that the result misses, in words."""

@@ -7,6 +7,7 @@ import pytest
 from qcompiler.config import CompileConfig
 from qcompiler.driver import compile_model
 from qcompiler.errors import SchemeError
+from qcompiler.files.loader import load_model
 from qcompiler.graph import SCHEME_KEY, SPARSE_KEY, read_weight
 from qcompiler.numerics.affine import WeightSpec, dequantize, min_max_grid
 from qcompiler.numerics.second_order import damped, descend, row_losses, sweep, upper_factor
@@ -56,7 +57,7 @@ def test_without_data_magnitudes_decide(op, dtype):
     assert kept.mean() == 0.5
     assert np.abs(before[kept]).min() >= np.abs(before[~kept]).max()
     (record,) = result.records
-    assert (record.action, record.spec, record.reason) == ("rewritten", "sparse50", "magnitude: no data")
+    assert (record.action, record.spec, record.reason) == ("pruned", "sparse50", "pruned by magnitude: no data")
     assert record.metrics["zeros"] == 0.5
     x = normal((3, 64), 1, dtype)
     np.testing.assert_allclose(run(model, {"x": x})[0], x @ after.T.astype(dtype), rtol=1e-2, atol=1e-2)
@@ -70,8 +71,8 @@ def test_runs_of_four_keep_two(method):
     for record in result.records:
         weight = read_weight(site_named(model, record.site))
         assert (runs_of(weight, 4) == 2).all()
-        assert record.reason == method
-        assert 0 < record.metrics["relative_loss"] < 1
+        assert record.reason == f"pruned by {method}"
+        assert 0 < record.metrics["pruning_loss"] < 1
         assert record.metrics["zeros"] == 0.5
 
 
@@ -80,7 +81,7 @@ def test_the_more_is_known_the_less_is_lost():
     means = []
     for method in ("greedy", "obs", "obd", "magnitude"):
         _, result = pruned(decoder(layers=2), "sparse50", token_batches(6, 4), method=method)
-        means.append(np.mean([record.metrics["relative_loss"] for record in result.records]))
+        means.append(np.mean([record.metrics["pruning_loss"] for record in result.records]))
     assert means == sorted(means), means
 
 
@@ -93,7 +94,7 @@ def test_the_groups_of_a_convolution_have_a_hessian_each():
     (record,) = result.records
     weight = read_weight(the_site(model))
     assert (weight[:6] == 0).mean() == (weight[6:] == 0).mean() == 0.5
-    assert 0 < record.metrics["relative_loss"] < 0.5
+    assert 0 < record.metrics["pruning_loss"] < 0.5
 
 
 @pytest.mark.parametrize("algorithm", ["rtn", "gptq", "hqq", "obq", "gptq{refine=1}", "gptq{drift=0.5}"])
@@ -107,7 +108,7 @@ def test_zeros_stay_whatever_rounds_the_rest(algorithm, scheme):
     found = [each for each in apply(name, model, ctx, **options).records if each.action == "quantized"]
     assert len(found) == len(zeros) == 7
     for record in found:
-        assert record.spec == str(Scheme.parse(scheme).resolve("cpu").dense)
+        assert record.spec == str(Scheme.parse(scheme).resolve("cpu"))
         weight = read_weight(site_named(model, record.site))
         assert not weight[zeros[record.site]].any()
         assert weight.any()
@@ -150,6 +151,22 @@ def test_a_compiled_model_runs_and_is_described(tmp_path):
     assert not any(prop.key == SPARSE_KEY for node in model.graph.node for prop in node.metadata_props)
     assert "all but 2 of 4 of the values zero, groups of 64" in result.report.to_dict()["meaning"]
     assert result.report.to_dict()["recipe"]["scheme"] == "sparse2:4+w4a16"
+    rows = [row for row in result.report.sites if row.action == "quantized"]
+    assert {row.scheme for row in rows} == {"sparse2:4+w4a16-g64-asym"}
+    assert all(row.metrics["zeros"] == 0.5 and row.reason.startswith("pruned by obs") for row in rows)
+
+
+def test_a_model_that_is_only_pruned_is_written(tmp_path):
+    onnx.save(onnx.load_from_string(serialized(decoder(layers=1))), tmp_path / "float.onnx")
+    config = CompileConfig(plan=SchemePlan(Scheme.parse("sparse50"), None, None))
+    result = compile_model(tmp_path / "float.onnx", config=config, output=tmp_path / "out.onnx")
+    assert result.report.changed
+    zeros = [
+        read_weight(site) == 0 for site in find_sites(load_model(tmp_path / "out.onnx"))[0] if site.role == "linear"
+    ]
+    assert len(zeros) == 7
+    assert all(each.mean() == 0.5 for each in zeros)
+    assert {row.scheme for row in result.report.sites if row.metrics} == {"sparse50"}
 
 
 def test_two_readers_of_a_weight_share_it_only_if_both_prune():
