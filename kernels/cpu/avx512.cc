@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "weight.h"
@@ -295,88 +296,33 @@ void multiply_int8(const Weight& w, const Activations& a, int64_t begin, int64_t
   }
 }
 
-// Adds 16 values times activations x, the values being looked up in a table of 16 floats by codes that begin at `from`.
-// Bits above a code belong to the next one: the table repeats its values for them.
-template <int bits>
-struct Lookup;
-
-template <>
-struct Lookup<1> {
-  static inline __m512 add(const uint8_t* from, __m512, __m512 x, __m512 total) {
-    uint16_t set;
-    std::memcpy(&set, from, 2);
-    return _mm512_mask_add_ps(total, set, total, x);
-  }
-};
-
-template <>
-struct Lookup<2> {
-  static inline __m512 add(const uint8_t* from, __m512 table, __m512 x, __m512 total) {
-    int32_t word;
-    std::memcpy(&word, from, 4);
-    const __m512i places = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    const __m512i codes = _mm512_srlv_epi32(_mm512_set1_epi32(word), places);
-    return _mm512_fmadd_ps(_mm512_permutexvar_ps(codes, table), x, total);
-  }
-};
-
-template <>
-struct Lookup<3> {
-  static inline __m512 add(const uint8_t* from, __m512 table, __m512 x, __m512 total) {
-    // Of six bytes the first four hold codes 0 to 7, and the last four, a byte further on, codes 8 to 15.
-    int32_t low, high;
-    std::memcpy(&low, from, 4);
-    std::memcpy(&high, from + 2, 4);
-    const __m512i words = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
-    const __m512i places = _mm512_set_epi32(29, 26, 23, 20, 17, 14, 11, 8, 21, 18, 15, 12, 9, 6, 3, 0);
-    return _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srlv_epi32(words, places), table), x, total);
-  }
-};
-
-template <>
-struct Lookup<4> {
-  static inline __m512 add(const uint8_t* from, __m512 table, __m512 x, __m512 total) {
-    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    const __m512i halves = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-    const __m512i words = _mm512_permutexvar_epi32(halves, _mm512_castsi128_si512(eight));
-    const __m512i places = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
-    return _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srlv_epi32(words, places), table), x, total);
-  }
-};
-
-// The table of a row: the numbers of codes, or the entries of its codebook.
-template <int bits>
-inline __m512 table_of(const Weight& w, int64_t n) {
-  alignas(64) float table[16];
-  const float* entries = w.codebook ? w.codebook + w.starts[w.starts_each ? n : 0] : nullptr;
-  for (int i = 0; i < 16; ++i) table[i] = entries ? entries[i & ((1 << bits) - 1)] : static_cast<float>(i & ((1 << bits) - 1));
-  return _mm512_load_ps(table);
-}
+#include "lookup512.inc"
 
 // Exact products of one row of activations with `rows` rows of the weight.
-template <int bits, int rows>
+template <int bits, int d, int rows>
 inline void exact_rows(const Weight& w, const Activations& a, int64_t n, int64_t m, float* y, int64_t ldy,
                        float* products) {
   const int64_t stride = (w.groups + 31) / 16 * 16;
   const float* x = a.values + m * a.padded;
   const uint8_t* row[rows];
-  __m512 totals[rows], table[rows];
+  __m512 totals[rows];
+  typename Lookup<bits, d>::Table table[rows];
   for (int r = 0; r < rows; ++r) {
     row[r] = row_codes(w, n + r);
     totals[r] = scaled(w, n + r, nullptr, a.sums + m * w.groups, products + r * stride);
-    table[r] = table_of<bits>(w, n + r);
+    table[r] = Lookup<bits, d>::table(w, n + r);
   }
   const int64_t ahead = rows * row_bytes(w);
   for (int64_t group = 0; group < w.groups; ++group) {
     const int64_t begin = group * w.group_size;
     for (int r = 0; r < rows; ++r)
-      for (int64_t at = 0; at < w.group_size * bits / 8; at += 64) prefetch(row[r] + begin * bits / 8 + at + ahead);
+      for (int64_t at = 0; at < w.group_size / d * bits / 8; at += 64)
+        prefetch(row[r] + begin / d * bits / 8 + at + ahead);
     __m512 sums[rows];
     for (int r = 0; r < rows; ++r) sums[r] = _mm512_setzero_ps();
     for (int64_t k = begin; k < begin + w.group_size; k += 16) {
       const __m512 values = _mm512_loadu_ps(x + k);
-      for (int r = 0; r < rows; ++r)
-        sums[r] = Lookup<bits>::add(row[r] + k * bits / 8, table[r], values, sums[r]);
+      for (int r = 0; r < rows; ++r) sums[r] = Lookup<bits, d>::add(row[r], k, table[r], values, sums[r]);
     }
     for (int r = 0; r < rows; ++r)
       totals[r] = _mm512_fmadd_ps(sums[r], _mm512_set1_ps(products[r * stride + group]), totals[r]);
@@ -384,23 +330,38 @@ inline void exact_rows(const Weight& w, const Activations& a, int64_t n, int64_t
   sum_up<rows>(totals, y + m * ldy + n);
 }
 
-template <int bits>
+template <int bits, int d>
 void exact(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
   std::vector<float> products(4 * ((w.groups + 31) / 16 * 16));
   int64_t n = begin;
   for (; n + 4 <= end; n += 4)
-    for (int64_t m = 0; m < a.count; ++m) exact_rows<bits, 4>(w, a, n, m, y, ldy, products.data());
+    for (int64_t m = 0; m < a.count; ++m) exact_rows<bits, d, 4>(w, a, n, m, y, ldy, products.data());
   for (; n < end; ++n)
-    for (int64_t m = 0; m < a.count; ++m) exact_rows<bits, 1>(w, a, n, m, y, ldy, products.data());
+    for (int64_t m = 0; m < a.count; ++m) exact_rows<bits, d, 1>(w, a, n, m, y, ldy, products.data());
+}
+
+// Calls what is made for the codes of a weight: `call(bits, d)` with both as types.
+template <int value>
+using Number = std::integral_constant<int, value>;
+template <int bits, typename Call>
+void with_entry(const Weight& w, const Call& call) {
+  if (w.entry == 2) return call(Number<bits>(), Number<2>());
+  if (w.entry == 4) return call(Number<bits>(), Number<4>());
+  call(Number<bits>(), Number<1>());
+}
+template <typename Call>
+void with_codes(const Weight& w, const Call& call) {
+  switch (w.bits) {
+    case 1: return call(Number<1>(), Number<1>());
+    case 2: return call(Number<2>(), Number<1>());
+    case 3: return with_entry<3>(w, call);
+    case 4: return with_entry<4>(w, call);
+    default: return with_entry<8>(w, call);
+  }
 }
 
 void multiply(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
-  switch (w.bits) {
-    case 1: return exact<1>(w, a, begin, end, y, ldy);
-    case 2: return exact<2>(w, a, begin, end, y, ldy);
-    case 3: return exact<3>(w, a, begin, end, y, ldy);
-    default: return exact<4>(w, a, begin, end, y, ldy);
-  }
+  with_codes(w, [&](auto bits, auto d) { exact<bits.value, d.value>(w, a, begin, end, y, ldy); });
 }
 
 // The transpose of 16 registers of 16 floats.
@@ -430,13 +391,13 @@ inline void transpose(__m512 r[16]) {
 }
 
 // 16 rows of the weight as floats, scales included: out [padded, 16]; rows past `count` are zeros.
-template <int bits>
+template <int bits, int d>
 inline void decode_panel(const Weight& w, int64_t first, int64_t count, float* out) {
   const uint8_t* row[16];
-  __m512 table[16];
+  typename Lookup<bits, d>::Table table[16];
   for (int64_t r = 0; r < count; ++r) {
     row[r] = row_codes(w, first + r);
-    table[r] = table_of<bits>(w, first + r);
+    table[r] = Lookup<bits, d>::table(w, first + r);
   }
   const __m512 one = _mm512_set1_ps(1.0f);
   for (int64_t k = 0; k < w.padded(); k += 16) {
@@ -447,7 +408,7 @@ inline void decode_panel(const Weight& w, int64_t first, int64_t count, float* o
       if (r >= count) continue;
       const int64_t n = first + r;
       const __m512 scale = _mm512_set1_ps(w.scales[n * w.groups + group]), zero = _mm512_set1_ps(w.zero(n, group));
-      const __m512 codes = Lookup<bits>::add(row[r] + k * bits / 8, table[r], one, _mm512_setzero_ps());
+      const __m512 codes = Lookup<bits, d>::add(row[r], k, table[r], one, _mm512_setzero_ps());
       values[r] = _mm512_mul_ps(_mm512_sub_ps(codes, zero), scale);
     }
     transpose(values);
@@ -485,15 +446,15 @@ inline __mmask16 first_lanes(int64_t count) {
 }
 
 // 32 rows of the weight at a time, and so many columns that two panels of them stay in the nearest cache.
-template <int bits>
+template <int bits, int d>
 void panels(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
   constexpr int64_t kColumns = 192;
   const int64_t size = 16 * w.padded();
   std::vector<float> panel(2 * size);
   for (int64_t n = begin; n < end; n += 32) {
     const __mmask16 low = first_lanes(end - n), high = first_lanes(end - n - 16);
-    decode_panel<bits>(w, n, std::min<int64_t>(16, end - n), panel.data());
-    if (high) decode_panel<bits>(w, n + 16, std::min<int64_t>(16, end - n - 16), panel.data() + size);
+    decode_panel<bits, d>(w, n, std::min<int64_t>(16, end - n), panel.data());
+    if (high) decode_panel<bits, d>(w, n + 16, std::min<int64_t>(16, end - n - 16), panel.data() + size);
     for (int64_t k = 0; k < w.columns; k += kColumns) {
       const int64_t last = std::min(k + kColumns, w.columns);
       int64_t m = 0;
@@ -506,18 +467,13 @@ void panels(const Weight& w, const Activations& a, int64_t begin, int64_t end, f
 
 // Exact products with many rows of activations: decoded once for all of them.
 void multiply_many(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
-  switch (w.bits) {
-    case 1: return panels<1>(w, a, begin, end, y, ldy);
-    case 2: return panels<2>(w, a, begin, end, y, ldy);
-    case 3: return panels<3>(w, a, begin, end, y, ldy);
-    default: return panels<4>(w, a, begin, end, y, ldy);
-  }
+  with_codes(w, [&](auto bits, auto d) { panels<bits.value, d.value>(w, a, begin, end, y, ldy); });
 }
 
 // Whether these kernels run a weight: whole registers in a group, or whole groups in a register.
 bool runs(const Weight& w) {
   const bool grouped = w.group_size % 64 == 0 || w.group_size == 32 || w.group_size == 16;
-  return grouped && w.bits <= 4 && w.entry == 1 && w.kind != Kind::kSigns;
+  return grouped && w.kind != Kind::kSigns;
 }
 
 bool runs_signs(const Weight& w) { return w.group_size % 64 == 0; }
