@@ -520,25 +520,52 @@ inline void signs_rows(const Weight& w, const uint64_t* x, float size, int64_t n
   _mm256_storeu_ps(y, _mm256_mul_ps(_mm256_mul_ps(dot, _mm256_loadu_ps(w.scales + n)), _mm256_set1_ps(size)));
 }
 
-void multiply_signs(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
-  for (int64_t n = begin; n < end;) {
-    const bool eight = w.groups == 1 && n + 8 <= end;
+// Rows of many groups, which are whole words: what differs in a word counts by the word's scale.
+void grouped_signs(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
+  const int64_t words = (w.columns + 63) / 64, steps = (words + 7) / 8, inner = w.group_size / 64;
+  const uint64_t last = w.columns % 64 ? (uint64_t{1} << w.columns % 64) - 1 : ~uint64_t{0};
+  std::vector<float> scales(steps * 8, 0.0f);
+  std::vector<uint64_t> bits(steps * 8, 0);
+  for (int64_t n = begin; n < end; ++n) {
+    std::memcpy(bits.data(), row_codes(w, n), words * 8);
+    float all = 0;
+    for (int64_t word = 0; word < words; ++word) {
+      scales[word] = w.scales[n * w.groups + word / inner];
+      all += scales[word] * static_cast<float>(word + 1 < words ? 64 : w.columns - 64 * word);
+    }
     for (int64_t m = 0; m < a.count; ++m) {
       const uint64_t* x = a.signs + m * (a.padded / 64);
-      if (eight) {
-        signs_rows(w, x, a.sizes[m], n, y + m * ldy + n);
-        continue;
+      __m256 total = _mm256_setzero_ps();
+      for (int64_t step = 0; step < steps; ++step) {
+        const __mmask8 part = words - 8 * step >= 8 ? 0xff : static_cast<__mmask8>((1u << (words - 8 * step)) - 1);
+        __m512i differ = _mm512_xor_si512(_mm512_loadu_si512(bits.data() + 8 * step),
+                                          _mm512_maskz_loadu_epi64(part, x + 8 * step));
+        if (step + 1 == steps) {
+          const __mmask8 at = static_cast<__mmask8>(1u << (words - 1) % 8);
+          differ = _mm512_mask_and_epi64(differ, at, differ, _mm512_set1_epi64(static_cast<int64_t>(last)));
+        }
+        const __m256 counts = _mm512_cvtepi64_ps(_mm512_popcnt_epi64(differ));
+        total = _mm256_fmadd_ps(counts, _mm256_loadu_ps(scales.data() + 8 * step), total);
       }
-      float total = 0;
-      for (int64_t group = 0; group < w.groups; ++group) {
-        const int64_t first = group * w.group_size, valid = std::min(w.group_size, w.columns - first);
-        const __m512i counts = different(row_codes(w, n) + first / 8, x + first / 64, valid);
-        total += w.scales[n * w.groups + group] * static_cast<float>(valid - 2 * _mm512_reduce_add_epi64(counts));
-      }
-      y[m * ldy + n] = total * a.sizes[m];
+      const __m128 four = _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps(total, 1));
+      const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+      const float sum = _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+      y[m * ldy + n] = (all - 2 * sum) * a.sizes[m];
     }
-    n += eight ? 8 : 1;
   }
+}
+
+void multiply_signs(const Weight& w, const Activations& a, int64_t begin, int64_t end, float* y, int64_t ldy) {
+  if (w.groups > 1) return grouped_signs(w, a, begin, end, y, ldy);
+  int64_t n = begin;
+  for (; n + 8 <= end; n += 8)
+    for (int64_t m = 0; m < a.count; ++m)
+      signs_rows(w, a.signs + m * (a.padded / 64), a.sizes[m], n, y + m * ldy + n);
+  for (; n < end; ++n)
+    for (int64_t m = 0; m < a.count; ++m) {
+      const __m512i counts = different(row_codes(w, n), a.signs + m * (a.padded / 64), w.columns);
+      y[m * ldy + n] = w.scales[n] * static_cast<float>(w.columns - 2 * _mm512_reduce_add_epi64(counts)) * a.sizes[m];
+    }
 }
 
 // The signs of a row of activations, a bit for each, and their mean magnitude.
