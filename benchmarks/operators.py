@@ -11,8 +11,8 @@ activations are all that is left (w1a1), a last bit that differs turns signs ove
 noise differ by a part of themselves.
 
 The last row compiles w4a8 for MatMulNBits too, and runs the same 256 tokens through both in turns in one process. The
-exit code is 1 if KL differs by more than 0.001 where both compute exactly, by more than 5 % where they count signs, or if
-prompts take more than 0.55.
+exit code is 1 if KL differs by more than 0.001 where both compute exactly, by more than 5 % where they count signs, or
+if prompts take more than 0.55.
 """
 
 import argparse
