@@ -47,6 +47,7 @@ void multiply(const Weight&, const int8_t*, const float*, int64_t, int64_t, int6
 namespace {
 
 constexpr int64_t kRows = 64;    // of the weight in a task
+constexpr int64_t kSmall = 400000;  // products of 8 bits, or a quarter as many exact ones, that threads are not worth
 constexpr int64_t kMany = 8;     // rows of activations from which on decoding once for all of them pays
 constexpr int64_t kTiles = 16;   // rows of activations from which on AMX pays
 
@@ -186,9 +187,14 @@ const char* isa_name(Isa level) {
 }
 
 void matmul(const Weight& w, const float* a, int64_t count, const float* bias, bool int8, float* y,
-            const Parallel& parallel) {
+            const Parallel& threads) {
   if (count == 0 || w.rows == 0) return;
   int8 = int8 && w.kind == Kind::kUniform;
+  const int64_t work = w.rows * w.padded() * count * (int8 || w.kind == Kind::kSigns ? 1 : 4);
+  const Parallel alone = [](int64_t tasks, const std::function<void(int64_t)>& task) {
+    for (int64_t at = 0; at < tasks; ++at) task(at);
+  };
+  const Parallel& parallel = work < kSmall ? alone : threads;
   Prepared prepared;
   prepared.view.count = count;
   prepared.view.padded = rounded_up(w.padded(), 64);
