@@ -46,5 +46,5 @@ def learned_step(x: Tensor, step: Tensor, low: int, high: int, factor: float = 1
         high: Qp.
         factor: g.
     """
-    slow = step * factor + (step - step * factor).detach()  # the step, with g times its gradient
+    slow = passing(step, step, factor)
     return rounded(torch.clamp(x / slow, low, high)) * slow
