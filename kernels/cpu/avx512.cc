@@ -245,7 +245,7 @@ inline void dealt_rows(const Weight& w, const Activations& a, int64_t n, int64_t
     const int64_t step = k / 64, left = std::min<int64_t>(64, w.padded() - k);
     const __m512i values = _mm512_loadu_si512(rest + k);
     for (int r = 0; r < rows; ++r) {
-      const __m512i codes = last_codes<bits>(row[r], step, left);
+      const __m512i codes = left == 64 ? codes64<bits>(row[r] + step * step_bytes(bits)) : last_codes<bits>(row[r], step, left);
       const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, values);
       totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), lane_scales(products + r * stride, step, w.group_size),
                                   totals[r]);

@@ -47,7 +47,7 @@ void multiply(const Weight&, const int8_t*, const float*, int64_t, int64_t, int6
 namespace {
 
 constexpr int64_t kRows = 64;    // of the weight in a task
-constexpr int64_t kSmall = 400000;  // products of 8 bits, or a quarter as many exact ones, that threads are not worth
+constexpr int64_t kSmall = 150000;  // products of 8 bits, or a quarter as many exact ones, that threads are not worth
 constexpr int64_t kMany = 8;     // rows of activations from which on decoding once for all of them pays
 constexpr int64_t kTiles = 16;   // rows of activations from which on AMX pays
 
