@@ -12,7 +12,7 @@ noise differ by a part of themselves.
 
 The last row compiles w4a8, the projection to the vocabulary included, for MatMulNBits too, and runs the same 256 tokens
 through both in turns in one process; as floats the projection alone would take a third of the time of either. The
-exit code is 1 if KL differs by more than 0.001 where both compute exactly, by more than 5 % where they count signs, or
+exit code is 1 if KL differs by more than 0.001 where both compute exactly, by more than 10 % where they count signs, or
 if prompts take more than 0.55.
 """
 
@@ -48,7 +48,7 @@ FORMATS = (
     ("w4a8-g64-asym", "prefer"),
 )
 PROMPT = "w4a8 prompt"
-MOST_DIFFERENCE, SIGNS_DIFFERENCE, MOST_TIME = 1e-3, 0.05, 0.55
+MOST_DIFFERENCE, SIGNS_DIFFERENCE, MOST_TIME = 1e-3, 0.1, 0.55
 
 
 @dataclass(frozen=True)
