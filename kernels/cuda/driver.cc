@@ -14,6 +14,12 @@ void find(void* library, const char* name, F& function) {
   if (function == nullptr) throw std::runtime_error(std::string("the CUDA driver has no function ") + name);
 }
 
+std::string text_of(const Driver& driver, Result error) {
+  const char* text = nullptr;
+  driver.error_text(error, &text);
+  return text ? text : "unknown error";
+}
+
 // Never unloaded: modules and functions live as long as the process.
 Driver load() {
   const char* named = std::getenv("QCOMPILER_CUDA_DRIVER");
@@ -30,11 +36,8 @@ Driver load() {
   find(library, "cuFuncSetAttribute", found.set_attribute);
   find(library, "cuLaunchKernel", found.launch);
   find(library, "cuGetErrorString", found.error_text);
-  if (const Result result = found.init(0)) {
-    const char* text = nullptr;
-    found.error_text(result, &text);
-    throw std::runtime_error("the CUDA driver does not start: " + std::string(text ? text : "unknown error"));
-  }
+  if (const Result result = found.init(0))
+    throw std::runtime_error("the CUDA driver does not start: " + text_of(found, result));
   return found;
 }
 
@@ -47,9 +50,7 @@ const Driver& driver() {
 
 void require(Result result, const std::string& what) {
   if (result == 0) return;
-  const char* text = nullptr;
-  driver().error_text(result, &text);
-  throw std::runtime_error(what + ": " + (text ? text : "unknown error") + " (CUDA error " + std::to_string(result) + ")");
+  throw std::runtime_error(what + ": " + text_of(driver(), result) + " (CUDA error " + std::to_string(result) + ")");
 }
 
 }  // namespace qc::cuda

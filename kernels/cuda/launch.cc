@@ -133,9 +133,8 @@ std::string problem() {
 
 void launch(const Product& p, void* stream) {
   if (p.count == 0 || p.rows == 0) return;
-  const bool aligned = multiple(p.a, 16) && multiple(p.codes, 16) && multiple(p.y, 16) && p.columns % 16 == 0;
   if (!multiple(p.codes, 16)) throw std::runtime_error("codes do not begin at a multiple of 16 bytes");
-  const Image& image = choose(p, capability(), aligned);
+  const Image& image = choose(p, capability(), multiple(p.a, 16) && multiple(p.y, 16) && p.columns % 16 == 0);
   Function kernel = function(image);
 
   const void *a = p.a, *codes = p.codes, *scales = p.scales, *values = p.values, *zero_codes = p.zero_codes;

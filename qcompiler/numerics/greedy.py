@@ -19,7 +19,7 @@ import numpy as np
 from qcompiler.errors import NumericsError
 from qcompiler.numerics.affine import Grid, WeightSpec, round_to_grid
 
-__all__ = ["greedy_sweep"]
+__all__ = ["greedy_sweep", "inverted"]
 
 _FACTOR = 1 << 20  # values of all factors V at a time in a thread: what a core's cache holds, a row at least
 _HALF = 0.5 * (1 + 1e-6)  # of a step: what is further from its code lies outside the grid
@@ -54,7 +54,7 @@ def greedy_sweep(
         NumericsError: H is not positive definite.
     """
     rows, columns = weight.shape
-    inverse = _inverse(hessian)
+    inverse = inverted(hessian)
     group = np.arange(columns) // spec.group_size
     codes, loss, orders = np.empty((rows, columns), np.uint8), np.empty(rows), np.empty((rows, columns), np.int64)
 
@@ -68,8 +68,8 @@ def greedy_sweep(
     return codes, loss, orders
 
 
-def _inverse(hessian: np.ndarray) -> np.ndarray:
-    """H^-1, float64 [K, K]."""
+def inverted(hessian: np.ndarray) -> np.ndarray:
+    """H^-1, float64 ``[K, K]``; raises NumericsError where H is not positive definite."""
     try:
         factor = np.linalg.inv(np.linalg.cholesky(hessian.astype(np.float64)))
     except np.linalg.LinAlgError as error:

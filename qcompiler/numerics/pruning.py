@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcompiler.errors import NumericsError
+from qcompiler.numerics.greedy import inverted
 
 __all__ = ["Sparsity", "cheapest", "made_up_for", "prune_greedily", "prune_swept"]
 
@@ -126,11 +127,7 @@ def prune_greedily(
         NumericsError: H is not positive definite.
     """
     rows, columns = weight.shape
-    try:
-        factor = np.linalg.inv(np.linalg.cholesky(hessian.astype(np.float64)))
-    except np.linalg.LinAlgError as error:
-        raise NumericsError("the Hessian is not positive definite; give more damping or calibration samples") from error
-    inverse = factor.T @ factor
+    inverse = inverted(hessian)
     orders, costs = np.empty((rows, columns), np.int64), np.empty((rows, columns))
 
     def block(part: slice) -> None:
