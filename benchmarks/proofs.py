@@ -40,7 +40,8 @@ from qcompiler.config import CompileConfig
 from qcompiler.feeding import calibration_data
 from qcompiler.files.loader import load_model
 from qcompiler.passes.base import PassContext, Stage
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from qcompiler.session import Feeds, OrtRunner
 from qcompiler.verify_outputs import Comparison
 

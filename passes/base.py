@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, Literal
 
@@ -38,6 +38,7 @@ __all__ = [
     "WeightQuantizer",
     "assigned_sites",
     "explicit_activations",
+    "planned_sites",
     "quantizes_activations",
     "scheme_text",
     "site_scheme",
@@ -74,6 +75,7 @@ class PassContext:
         calibration: Batches of feeds, or None; see `calibration.CalibrationData`.
         progress: Called with (label, done, total) by anything that may take long.
         checkpoints: Where results are stored for a run that is interrupted, or None.
+        settled: What a pass chose by the clock: its name -> how to write it so that another run chooses the same.
     """
 
     config: CompileConfig
@@ -81,6 +83,7 @@ class PassContext:
     calibration: Any = None
     progress: Any = None
     checkpoints: Checkpoints | None = None
+    settled: dict[str, str] = field(default_factory=dict)
 
     @property
     def batches(self) -> Sequence[Feeds]:
@@ -173,6 +176,15 @@ def assigned_sites(model: ir.Model) -> list[Site]:
             seen.add(site.weight)
             chosen.append(site)
     return chosen
+
+
+def planned_sites(model: ir.Model) -> list[Site]:
+    """The sites that got a scheme, the first for each weight, quantized or not."""
+    found: dict[ir.Value, Site] = {}
+    for site in find_sites(model)[0]:
+        if SCHEME_KEY in site.node.metadata_props:
+            found.setdefault(site.weight, site)
+    return list(found.values())
 
 
 def site_spec(site: Site, config: CompileConfig) -> WeightSpec:

@@ -20,6 +20,8 @@
    of zero: without either ONNX Runtime runs the Gemm in float.
 6. ONNX Runtime makes a Gemm of a MatMul and the Add behind it before it looks for integers. What is added to an integer
    MatMul therefore becomes int32 codes like the bias of a Gemm, or is subtracted with the other sign.
+7. Integer kernels read weights of 8 bits. Narrower codes are stored as they are and become 8 bits by a Cast, which ONNX
+   Runtime folds when the model is loaded, before it looks for integers.
 
 Symmetric weights are signed, ``code - mid``, without zero points but in case 5; others are unsigned. Codes are turned
 and packed when the model is written, so that memory never holds them twice.
@@ -126,16 +128,21 @@ class ExportQdq(QuantPass):
 
     def _rewrite_linear(self, site: Site, tensor: QuantizedTensor, table: Constants | None) -> str:
         if site.node.op_type == "Conv":
-            decode = self._node(site, "DequantizeLinear", channel_constants(site, tensor), axis=0)
-            graph_of(site).insert_before(site.node, decode)
+            width = tensor.spec.format.container
+            inputs, widening = self._widened(site, tensor, channel_constants(site, tensor), width)
+            decode = self._node(site, "DequantizeLinear", inputs, axis=0)
+            graph_of(site).insert_before(site.node, [*widening, decode])
             site.node.replace_input_with(1, decode.outputs[0])
             site.node.metadata_props[PASS_KEY] = self.name
-            return f"DequantizeLinear of {code_dtype(tensor, 8).name.lower()}, per output channel"
+            kind, held = code_dtype(tensor, width).name.lower(), width_note(tensor.spec, width)
+            return f"DequantizeLinear of {kind}, per output channel{held}"
         width = qdq_width(tensor.spec.bits, tensor.rows)
         integers = _runs_on_integers(site, self.context.config.target)
         before: list[ir.Node] = []
         if table is None:
             inputs = column_constants(site, tensor, width, integers=integers)
+            if integers:
+                inputs, before = self._widened(site, tensor, inputs, width)
         else:
             chains = self._turned(site, tensor, table)
             before = [step for chain in chains for step in chain]
@@ -149,6 +156,16 @@ class ExportQdq(QuantPass):
         if width != tensor.spec.format.container:
             note += f" because N = {tensor.rows} is no multiple of 4"
         return note if table is None else f"{note}, codes shared with the lookup table"
+
+    def _widened(
+        self, site: Site, tensor: QuantizedTensor, inputs: list[ir.Value], width: int
+    ) -> tuple[list[ir.Value], list[ir.Node]]:
+        """A decoder's inputs with codes that integer kernels read, and the node that makes these (case 7)."""
+        if width == 8:
+            return inputs, []
+        cast = self._node(site, "Cast", inputs[:1], to=int(code_dtype(tensor, 8)))
+        cast.outputs[0].dtype, cast.outputs[0].shape = code_dtype(tensor, 8), inputs[0].shape
+        return [cast.outputs[0], *inputs[1:]], [cast]
 
     def _turned(self, site: Site, tensor: QuantizedTensor, table: Constants) -> list[list[ir.Node]]:
         """For each constant of a table the nodes that give it the shape of `column_constants`."""
@@ -246,7 +263,7 @@ class ExportQdq(QuantPass):
 def _runs_on_integers(site: Site, target: str) -> bool:
     """Whether ONNX Runtime's integer kernels run the site; TensorRT's take a float bias and no int32 codes."""
     found = explicit_activations(site)
-    integers = found is not None and found.bits == 8 and not found.fp8
+    integers = found is not None and found.bits <= 8 and not found.fp8
     return integers and site.scale_dtype == "float32" and target != "tensorrt"
 
 

@@ -7,12 +7,17 @@
 3. A value is encoded once and decoded for each reader by a node of its own, since ONNX Runtime fuses a decoder that two
    nodes read with neither. Scales and zero points of a tensor have rank 0.
 4. A constant that an integer operator reads is stored as codes.
+5. Codes of less than 8 bits lie in bytes; a Clip of the codes behind the encoder cuts them off. In front of the encoder
+   a Clip would keep ONNX Runtime from making an integer kernel of what computes the value.
+6. Sites may have activations of several widths of up to 8 bits. A value has the least that one of its readers has; what
+   no site reads has 8.
 
 Left float: everything else. A static site inside a control-flow body is refused when schemes are assigned.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -34,10 +39,13 @@ from qcompiler.placement import Placement, place
 from qcompiler.ranges import Range, calibrate
 from qcompiler.records import SiteRecord
 from qcompiler.scheme import Activations
+from qcompiler.session import saturates
 from qcompiler.sites import find_products, find_sites, node_names
 from qcompiler.targets import IntegerRules
 
 __all__ = ["InsertQdq"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,15 +78,17 @@ class InsertQdq(QuantPass):
         static = {site: scheme for site, scheme in found.items() if scheme is not None and not scheme.dynamic}
         if not static:
             return QuantPassResult(model, False)
-        kinds = set(static.values())
-        if len(kinds) > 1:
-            raise SchemeError("insert_qdq: two static formats of activations in one model; choose one for all sites")
-        scheme = kinds.pop()
+        scheme = _common(static.values())
         context = self.context
         if context.calibration is None or not len(context.calibration.batches):
             raise CalibrationError(
                 "static activations need calibration data for their ranges; give --calibration PATH, or use a "
                 "-dynamic scheme"
+            )
+        if context.config.target == "cpu" and not context.config.reduce_range and scheme.bits <= 8 and saturates():
+            logger.warning(
+                "this processor adds pairs of 8-bit products in 16 bits, where large ones saturate; if the model is to "
+                "run on such (x86 without VNNI), give --reduce-range"
             )
         rules = IntegerRules.of(context.config.target, fp8=scheme.fp8)
         placement = place(model.graph, static, self._products(model.graph, scheme), scheme, rules)
@@ -120,6 +130,18 @@ class InsertQdq(QuantPass):
         return ranges
 
 
+def _common(schemes: Iterable[Activations]) -> Activations:
+    """The formats of all sites as one, of the largest width; raises SchemeError where they differ in more."""
+    widest = max(schemes, key=lambda each: each.bits)
+    others = {each for each in schemes if each.bits != 1 and replace(each, bits=widest.bits) != widest}
+    if others or (widest.bits > 8 and any(each.bits != widest.bits for each in schemes)):
+        raise SchemeError(
+            "insert_qdq: two static formats of activations in one model, which differ in more than their width of at "
+            "most 8 bits; choose one for all sites"
+        )
+    return widest
+
+
 def _nodes_within(attribute: ir.Attr) -> Iterator[ir.Node]:
     if attribute.type == ir.AttributeType.GRAPH:
         yield from ir.traversal.RecursiveGraphIterator(attribute.as_graph())
@@ -155,6 +177,8 @@ class _Writer:
 
     def __init__(self, graph: ir.Graph, pass_name: str, placement: Placement, sites: Iterable[Site]) -> None:
         self.graph, self.pass_name, self.placement = graph, pass_name, placement
+        self.groups = {value: at for at, members in enumerate(placement.shared) for value in members}
+        self.constants: dict[tuple[int, float, int], list[ir.Value]] = {}
         self.types = {value: site.dtype for site in sites for value in (site.input, site.node.outputs[0])}
         # The control-flow node of this graph in whose bodies a node lies; it may read values from outside of them.
         self.around = {
@@ -173,18 +197,18 @@ class _Writer:
             readers = [(use.node, use.idx) for use in value.uses()]
         name = value.name or "activation"
         anchor = self.placement.anchors.get(value, 0.0)
-        scale, zero, parameters = self._parameters(name, found.low, found.high, spec, self._type(value), anchor)
+        group = self.groups.get(value)
+        scale, zero, parameters = self._parameters(name, found.low, found.high, spec, self._type(value), anchor, group)
         producer = value.producer()
         if spec.fp8 and producer is not None and producer.op_type in ("Relu", "Clip") and not producer.domain:
             _spell_out(self.graph, producer, self._type(value), self.pass_name)
         origin = producer if producer is not None else readers[0][0]
-        encode = make_node(self.graph, "QuantizeLinear", [value, *parameters], {}, origin, self.pass_name)
-        encode.outputs[0].dtype = ir.DataType.from_numpy(spec.dtype)
-        encode.outputs[0].shape = value.shape
+        encoder = self._encoder(value, name, parameters, spec, origin)
         if producer is not None:
-            self.graph.insert_after(producer, encode)
+            self.graph.insert_after(producer, encoder)
         else:
-            self.graph.insert_before(self.graph[0], encode)
+            self.graph.insert_before(self.graph[0], encoder)
+        encode = encoder[-1]
         for node, index in readers:
             self._decode(encode.outputs[0], parameters, value, node, index)
         if forced and value.is_graph_output():
@@ -192,11 +216,30 @@ class _Writer:
         figures = {"low": found.low, "high": found.high, "scale": scale, "zero_point": float(zero)}
         return SiteRecord(name, "activation", str(spec), found.method, figures)
 
+    def _encoder(
+        self, value: ir.Value, name: str, parameters: list[ir.Value], spec: ActivationSpec, origin: ir.Node
+    ) -> list[ir.Node]:
+        """The nodes that make codes of a value; the result is that of the last (case 5)."""
+        if spec.bits == 1:
+            scale = np.asarray(spec.encoding_scale(1.0), self._type(value).numpy())
+            parameters = [add_constant(self.graph, f"{name}_sign_scale", scale), parameters[1]]
+        nodes = [make_node(self.graph, "QuantizeLinear", [value, *parameters], {}, origin, self.pass_name)]
+        if spec.narrow:
+            limits = [
+                add_constant(self.graph, f"{name}_{end}_code", np.asarray(limit, spec.dtype))
+                for end, limit in zip(("lowest", "highest"), spec.limits, strict=True)
+            ]
+            inputs = [nodes[0].outputs[0], *limits]
+            nodes.append(make_node(self.graph, "Clip", inputs, {}, origin, self.pass_name))
+        for node in nodes:
+            node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.from_numpy(spec.dtype), value.shape
+        return nodes
+
     def quantize_constant(self, value: ir.Value, scheme: Activations, rules: IntegerRules) -> SiteRecord:
         """Store a constant as codes."""
         array = constant_array(value).astype(np.float32)
         low, high = float(array.min(initial=0)), float(array.max(initial=0))
-        spec = scheme.spec(signed=rules.signed)
+        spec = replace(scheme, bits=max(scheme.bits, 8)).spec(signed=rules.signed)
         name = value.name or "constant"
         scale, zero, parameters = self._parameters(name, low, high, spec, self._type(value))
         codes = add_constant(self.graph, f"{name}_codes", quantize_activation(array, scale, zero, spec))
@@ -212,15 +255,26 @@ class _Writer:
         return value.dtype or self.types.get(value) or next(iter(self.types.values()))
 
     def _parameters(
-        self, name: str, low: float, high: float, spec: ActivationSpec, dtype: ir.DataType, anchor: float = 0.0
+        self,
+        name: str,
+        low: float,
+        high: float,
+        spec: ActivationSpec,
+        dtype: ir.DataType,
+        anchor: float = 0.0,
+        group: int | None = None,
     ) -> tuple[float, int, list[ir.Value]]:
-        """Scale, zero point, and the constants of rank 0 that hold them."""
+        """Scale, zero point, and the constants of rank 0 that hold them, the same for all of a group."""
         kind = "float16" if dtype == ir.DataType.FLOAT16 else "float32"
         scale, zero = activation_grid(low, high, spec, kind, anchor)
+        if group is not None and (group, scale, zero) in self.constants:
+            return scale, zero, self.constants[group, scale, zero]
         constants = [
             add_constant(self.graph, f"{name}_scale", np.asarray(scale, kind)),
             add_constant(self.graph, f"{name}_zero_point", np.asarray(zero, spec.dtype)),
         ]
+        if group is not None:
+            self.constants[group, scale, zero] = constants
         return scale, zero, constants
 
     def _decode(

@@ -24,9 +24,9 @@ from qcompiler.blocks import TwoStreams, learned_outputs, plan_blocks, single_ro
 from qcompiler.checkpoints import Arrays, Periodic, digest_of
 from qcompiler.errors import CalibrationError, SchemeError
 from qcompiler.extras import require_torch
-from qcompiler.graph import SCHEME_KEY, Site
+from qcompiler.graph import Site
 from qcompiler.numerics.affine import WeightSpec, clip_grid, quantize
-from qcompiler.passes.base import QuantPassResult, WeightQuantizer, assigned_sites, scheme_text
+from qcompiler.passes.base import QuantPassResult, WeightQuantizer, assigned_sites, planned_sites, scheme_text
 from qcompiler.quantized import Quantized
 from qcompiler.records import SiteRecord
 from qcompiler.scratch import Scratch
@@ -114,7 +114,7 @@ class LearnedRounding(WeightQuantizer):
         require_torch(self.name, "or use gptq")
         from qcompiler.tuning import tuning_problem, whole_problem
 
-        sites = _planned_sites(model)
+        sites = planned_sites(model)
         calibration = self.context.calibration
         if sites and (calibration is None or len(calibration.batches) <= self.options.held_out):
             raise CalibrationError(
@@ -257,7 +257,7 @@ class LearnedRounding(WeightQuantizer):
             parted(examples, self.options.held_out),
             self._settings(whole=True),
             vectors=self.options.vectors,
-            tick=lambda done, total: self.context.tick("distillation", done, total),
+            tick=lambda done, total, _: self.context.tick("distillation", done, total),
             stored=state,
         )
 
@@ -287,15 +287,6 @@ class LearnedRounding(WeightQuantizer):
     def _scratch(self) -> Scratch:
         most = self.context.config.max_memory
         return Scratch(most // 4 if most else None)
-
-
-def _planned_sites(model: ir.Model) -> list[Site]:
-    """The sites that got a scheme, the first for each weight, quantized or not."""
-    found: dict[ir.Value, Site] = {}
-    for site in find_sites(model)[0]:
-        if SCHEME_KEY in site.node.metadata_props:
-            found.setdefault(site.weight, site)
-    return list(found.values())
 
 
 def _skipped(site: Site, problem: str) -> SiteRecord:

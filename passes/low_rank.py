@@ -41,7 +41,7 @@ from qcompiler.passes.base import (
 )
 from qcompiler.quantized import QuantizedTensor, to_stored
 from qcompiler.records import SiteRecord
-from qcompiler.scheme import Pattern
+from qcompiler.scheme_plan import Pattern
 from qcompiler.segments import Segment, plan_segments
 from qcompiler.sites import find_sites
 from qcompiler.statistics import LayerFacts

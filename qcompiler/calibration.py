@@ -2,13 +2,13 @@
 
 Rows are chosen by number and read batch by batch, so that memory does not grow with the data. For N samples of R rows,
 row ``floor(i R / N)`` is taken for each i, and the held-out rows are spread evenly over the others. Nothing here is
-random but `synthetic_data`, which its seed determines.
+random but what is made up, which its seed determines.
 """
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
@@ -20,11 +20,12 @@ from qcompiler.calibration_sources import open_source
 from qcompiler.errors import CalibrationError
 from qcompiler.session import Feeds, InputSpec
 
-__all__ = ["CalibrationData", "load_calibration", "row_mask", "synthetic_data"]
+__all__ = ["CalibrationData", "load_calibration", "made_up_data", "made_up_shape", "row_mask", "synthetic_data"]
 
 # One row in this many is held out.
 _HELD_OUT_SHARE = 8
 _SYNTHETIC_SIZE = 64
+_SYNTHETIC_ROWS = 32
 # Ids that every vocabulary has, for a model whose vocabulary is not known.
 _SMALL_VOCABULARY = 100
 
@@ -38,12 +39,21 @@ class CalibrationData:
         held_out: Feeds to verify on, of one row each, none of which is calibrated on (unless there is one row only).
         digest: SHA-256, in hex, of all these feeds in order: names, dtypes, shapes and values.
         description: What was taken from where, for the report.
+        synthetic: Whether the model made it up itself.
+        labels: int64, of the rows of all batches in order, where there are any.
     """
 
     batches: Sequence[Feeds]
     held_out: Sequence[Feeds]
     digest: str
     description: str
+    synthetic: bool = False
+    labels: np.ndarray | None = None
+
+    @property
+    def row_numbers(self) -> list[int] | None:
+        """Which rows of the source the batches hold, in order; None where feeds were given."""
+        return self.batches.numbers if isinstance(self.batches, _LazyFeeds) else None
 
 
 class _LazyFeeds(Sequence[Feeds]):
@@ -55,6 +65,11 @@ class _LazyFeeds(Sequence[Feeds]):
 
     def __len__(self) -> int:
         return len(self._bounds)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Which rows of the source these are, in order."""
+        return [int(sample) for start, end in self._bounds for sample in self._samples[start:end]]
 
     @overload
     def __getitem__(self, index: int) -> Feeds: ...
@@ -111,10 +126,44 @@ def load_calibration(
     if not len(rows):
         raise CalibrationError(f"calibration data {rows.label} is empty; give at least one row")
     chosen, held = _choose(len(rows), samples)
+    return _cut(rows, chosen, held, batch_rows, lambda: _describe(source, rows, chosen, held))
+
+
+def made_up_data(
+    make: Callable[[int], tuple[Source, str]], *, samples: int | None = None, batch_rows: int = 4
+) -> CalibrationData:
+    """Calibration data where the user has none.
+
+    Args:
+        make: Makes as many rows as it is told, and says how.
+        samples: Rows to calibrate on; None: 32. For each eight of them one more is held out.
+        batch_rows: The most rows of a batch.
+    """
+    count = samples or _SYNTHETIC_ROWS
+    rows, how = make(count + max(1, count // _HELD_OUT_SHARE))
+    chosen, held = _choose(len(rows), count)
+    noun = f"row{'s' if count > 1 else ''}"
+
+    def told() -> str:
+        return f"{count} {noun}{rows.detail(chosen.tolist())} {how}, {len(held)} held out"
+
+    return replace(_cut(rows, chosen, held, batch_rows, told), synthetic=True)
+
+
+def _cut(
+    rows: Source, chosen: np.ndarray, held: np.ndarray, batch_rows: int, describe: Callable[[], str]
+) -> CalibrationData:
+    """The rows that were chosen, in batches, and those that were held out; described once they have been checked."""
     limit = batch_rows if rows.limit is None else min(batch_rows, rows.limit)
     batches = _LazyFeeds(rows, chosen, _bounds(rows, chosen, limit))
     held_out = _LazyFeeds(rows, held, _bounds(rows, held, 1))
-    return CalibrationData(batches, held_out, _digest(batches, held_out), _describe(source, rows, chosen, held))
+    return CalibrationData(batches, held_out, _digest(batches, held_out), describe())
+
+
+def made_up_shape(spec: InputSpec) -> list[int]:
+    """Sizes of an input where nothing is known: a dynamic first dimension becomes 1, any other 64."""
+    sizes = [size if isinstance(size, int) else _SYNTHETIC_SIZE for size in spec.shape]
+    return [1 if isinstance(size, str | None) else size for size in spec.shape[:1]] + sizes[1:]
 
 
 def synthetic_data(
@@ -176,9 +225,8 @@ class _RandomRows:
         return ""
 
     def _array(self, spec: InputSpec, generator: np.random.Generator) -> np.ndarray:
-        shape = [size if isinstance(size, int) else self._sizes.get(size, _SYNTHETIC_SIZE) for size in spec.shape]
-        if spec.shape and spec.shape[0] is None:
-            shape[0] = 1
+        made_up = zip(spec.shape, made_up_shape(spec), strict=True)
+        shape = [self._sizes.get(size, made) if isinstance(size, str) else made for size, made in made_up]
         dtype = numpy_dtype(spec)
         if spec is self._inputs.ids:
             return generator.integers(0, self._inputs.vocabulary or _SMALL_VOCABULARY, shape).astype(dtype)

@@ -14,7 +14,7 @@ from qcompiler.calibration_inputs import ModelInputs, numpy_dtype
 from qcompiler.errors import CalibrationError
 from qcompiler.session import Feeds
 
-__all__ = ["FeedRows", "Ragged", "Source", "Spool", "Stored", "StoredRows", "TokenRows", "as_feed"]
+__all__ = ["FeedRows", "Ragged", "Source", "Spool", "Stored", "StoredRows", "TokenRows", "array_rows", "as_feed"]
 
 
 class Source(Protocol):
@@ -229,6 +229,19 @@ class StoredRows:
     def detail(self, indices: Sequence[int]) -> str:
         """Which inputs the files leave out."""
         return _filled(self._inputs, self._files[self._locate(indices[0])[0]])
+
+
+def array_rows(label: str, name: str, samples: np.ndarray, inputs: ModelInputs) -> StoredRows:
+    """Samples of the only input, ``[samples, rows of a sample, ...]``, written to temporary files."""
+    spool = Spool()
+    path = spool.path()
+    samples.tofile(path)
+    size = samples[0].nbytes
+    files = {
+        f"{label} (row {index})": {name: Stored(path, index * size, samples.dtype, samples.shape[1:])}
+        for index in range(len(samples))
+    }
+    return StoredRows(label, files, inputs, spool=spool)
 
 
 class FeedRows:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from qcompiler import __version__
-from qcompiler.cli_options import COUNT, compile_options, verbosity
+from qcompiler.cli_options import COUNT, compile_options, tune_options, verbosity
 from qcompiler.cli_recipe import recipe_text
 from qcompiler.cli_signals import Terminated, tidy_termination
 from qcompiler.errors import QCompilerError, SchemeError
@@ -66,6 +66,11 @@ def _fail(message: str, code: int, verbose: int) -> None:
 @compile_options
 def qcompile(model: Path, **options: Any) -> None:
     """Quantize an ONNX MODEL (a file, or a folder made by onnxruntime-genai's builder) and report what it cost."""
+    _compile(model, options)
+
+
+def _compile(model: Path, options: dict[str, Any]) -> None:
+    """Do what the options say."""
     from qcompiler import cli_output
     from qcompiler.driver import compile_model
     from qcompiler.pipeline import default_algorithms
@@ -77,7 +82,9 @@ def qcompile(model: Path, **options: Any) -> None:
     config = _config(options)
     if print_recipe:
         chosen = config.algorithms or default_algorithms(config, calibrated=config.calibration is not None)
-        spelled = {**click.get_current_context().params, "algorithm": ",".join(chosen), "effort": None}
+        given = click.get_current_context().params
+        spelled = {parameter.name: given.get(parameter.name or "") for parameter in qcompile.params}
+        spelled |= {"algorithm": ",".join(chosen), "effort": None}
         click.echo(recipe_text(qcompile, spelled), nl=False)
         return
     if dry_run:
@@ -105,7 +112,8 @@ def qcompile(model: Path, **options: Any) -> None:
 def _config(options: dict[str, Any]) -> Any:
     """CompileConfig of the command's options."""
     from qcompiler.config import CompileConfig
-    from qcompiler.scheme import Pattern, Scheme, SchemePlan, parse_optional_scheme
+    from qcompiler.scheme import Scheme
+    from qcompiler.scheme_plan import Pattern, SchemePlan, parse_optional_scheme
 
     overrides = []
     for text in options["overrides"]:
@@ -160,6 +168,26 @@ def main() -> None:
 
 
 main.add_command(qcompile, "compile")
+
+
+@main.command(
+    "tune",
+    cls=_Command,
+    short_help="Quantize MODEL and train it to answer as the float model does.",
+    epilog="Example: qcompiler tune model.onnx -o model.w2.onnx --scheme w2a16-g32 --calibration texts.txt "
+    "--tokenizer tokenizer.json --minutes 20",
+)
+@tune_options
+@compile_options
+def tune_command(model: Path, algorithm: str, **options: Any) -> None:
+    """Quantize an ONNX MODEL and train it: it learns from the float model, or from labels. Needs torch.
+
+    What --algorithm or --effort names comes first, or what they stand for with calibration data; the training starts
+    from its result.
+    """
+    from qcompiler.cli_tune import with_training
+
+    _compile(model, with_training(algorithm, options))
 
 
 @main.command("inspect", cls=_Command, short_help="Show what could be quantized in MODEL, and what is already.")

@@ -8,7 +8,7 @@ import click
 
 from qcompiler.cli_recipe import use_recipe
 
-__all__ = ["COUNT", "compile_options", "verbosity"]
+__all__ = ["COUNT", "compile_options", "tune_options", "verbosity"]
 
 COUNT = click.IntRange(min=1)
 
@@ -44,7 +44,13 @@ compile_options = _all_of(
     click.option(
         "--calibration",
         type=click.Path(path_type=Path),
-        help="Data to measure on: .npz, folder of .npz, .npy of token ids, .jsonl or text.",
+        help="Data to measure on: .npz, folder of .npz, .npy of token ids, .jsonl or text; or synthetic: what the "
+        "model makes itself, from its batch normalizations or by writing text.",
+    ),
+    click.option(
+        "--labels",
+        type=click.Path(path_type=Path),
+        help="To train on (see the pass tune): .npy of integers, one for each row of --calibration.",
     ),
     click.option(
         "--calibrator",
@@ -64,7 +70,9 @@ compile_options = _all_of(
     click.option("--float16", is_flag=True, help="Make float16 of what stays float; inputs and outputs stay float32."),
     click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json for text calibration data."),
     click.option(
-        "--samples", type=int, help="Rows of calibration data to use, evenly spaced; N/8 others verify. Default: all."
+        "--samples",
+        type=int,
+        help="Rows of calibration data to use, evenly spaced; N/8 others verify. Default: all, or 32 synthetic ones.",
     ),
     click.option(
         "--sequence-length", type=COUNT, default=512, show_default=True, help="Tokens in a row of calibration text."
@@ -194,4 +202,31 @@ compile_options = _all_of(
     ),
     click.option("--print-recipe", is_flag=True, help="Print the recipe that says the same as the options, and stop."),
     verbosity,
+)
+
+tune_options = _all_of(
+    click.option(
+        "--method",
+        default="lsq",
+        show_default=True,
+        help="How: qat, lsq, pact, bitfit, or for weights of two or three values (w1.58) binaryconnect, bnn, xnor, "
+        "twn, absmean. See docs/methods.md.",
+    ),
+    click.option("--steps", type=COUNT, help="Steps of descent. Default: 200."),
+    click.option(
+        "--minutes", type=float, help="As many steps as this takes; the recipe in the output names their number."
+    ),
+    click.option(
+        "--loss",
+        type=click.Choice(["auto", "kl", "mse", "labels", "next"]),
+        default="auto",
+        show_default=True,
+        help="kl and mse: distance to the float model; labels; next: of token ids, the next.",
+    ),
+    click.option("--batch", type=COUNT, help="Rows in a step. Default: 1 of token ids, 32 of anything else."),
+    click.option("--rate", type=float, help="First step of weights, in steps between two codes. Default: 0.02."),
+    click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
+    click.option(
+        "--options", "more", default="", help="More options of the pass, e.g. check=20,patience=3: see 'passes'."
+    ),
 )

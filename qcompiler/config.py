@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 
 from qcompiler.errors import SchemeError
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 
-__all__ = ["CALIBRATORS", "CUSTOM_OPS", "EFFORTS", "FORMATS_OUT", "KV_CACHES", "TARGETS", "CompileConfig"]
+__all__ = ["CALIBRATORS", "CUSTOM_OPS", "EFFORTS", "FORMATS_OUT", "KV_CACHES", "SYNTHETIC", "TARGETS", "CompileConfig"]
 
 TARGETS = ("cpu", "cuda", "tensorrt", "portable")
 FORMATS_OUT = ("matmulnbits", "qdq")
 EFFORTS = ("fast", "balanced", "best")
 KV_CACHES = ("float", "kv8", "kv4")
+SYNTHETIC = "synthetic"
 CUSTOM_OPS = ("auto", "always", "prefer", "never")
 CALIBRATORS = ("auto", "minmax", "average", "percentile", "mse", "entropy")
 
@@ -36,10 +38,12 @@ class CompileConfig:
             bodies run anywhere and whose library runs them fast: ``auto`` where the library is built, ``prefer`` where
             ONNX Runtime has slower kernels too.
         opset: Raise the standard opset to this; None keeps the model's where the output form allows it.
-        calibration: A path, or an iterable of feeds (input name -> array), or None.
+        calibration: A path, or an iterable of feeds (input name -> array), or "synthetic" for data that the model makes
+            itself, or None.
         tokenizer: tokenizer.json for text calibration data.
-        samples: Calibration rows, evenly spaced over the data; None takes all.
-        sequence_length: Tokens in a row of text calibration data.
+        samples: Calibration rows, evenly spaced over the data; None takes all, of synthetic ones 32.
+        labels: A .npy file of labels, one for each row of the calibration data, to train on.
+        sequence_length: Tokens in a row of text calibration data, or of text that the model writes.
         sequential: Take the sites of a segment in data-flow order, each seeing what the quantized prefix produces.
         provider: ONNX Runtime execution provider that calibration runs on.
         threads: Threads of ONNX Runtime and numpy; 0 takes all cores.
@@ -78,6 +82,7 @@ class CompileConfig:
     calibration: str | Path | Iterable[dict[str, np.ndarray]] | None = None
     tokenizer: str | Path | None = None
     samples: int | None = None
+    labels: str | Path | None = None
     sequence_length: int = 512
     sequential: bool = True
     provider: str = "CPUExecutionProvider"
@@ -117,6 +122,8 @@ class CompileConfig:
                 raise SchemeError(f"{option} {value} is unknown; choose one of {', '.join(known)}")
         if self.effort is not None and self.algorithms:
             raise SchemeError("--effort stands for algorithms; drop it, or --algorithm")
+        if self.labels is not None and (self.calibration is None or self.data_free):
+            raise SchemeError("--labels are those of the rows of --calibration; give --calibration PATH with them")
         if self.samples is not None and self.samples < 1:
             raise SchemeError(f"--samples {self.samples} leaves nothing to calibrate on; give at least 1")
         if self.threads < 0:
@@ -128,6 +135,11 @@ class CompileConfig:
             raise SchemeError("--min-sqnr and --max-kl are checked by the verification; drop them or --no-verify")
         if self.accuracy_level is not None and not 0 <= self.accuracy_level <= 4:
             raise SchemeError(f"--accuracy-level {self.accuracy_level} does not exist; choose 0 to 4")
+
+    @property
+    def data_free(self) -> bool:
+        """Whether the model is to make the calibration data itself."""
+        return isinstance(self.calibration, str | Path) and str(self.calibration) == SYNTHETIC
 
     @property
     def own_operators(self) -> bool:
@@ -164,6 +176,7 @@ class CompileConfig:
         odd = bool(self.budgets) or self.custom_ops == "prefer" or any(each.needs_operators for each in plan.schemes)
         return {
             **({"custom_ops": self.custom_ops} if odd else {}),
+            **({"calibration": SYNTHETIC} if self.data_free else {}),
             "scheme": text[plan.default],
             "embedding": text[plan.embedding],
             "lm_head": text[plan.lm_head],

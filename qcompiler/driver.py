@@ -26,7 +26,8 @@ from qcompiler.pass_manager import PassManager
 from qcompiler.passes.base import PassContext
 from qcompiler.report import CompileReport, Excluded
 from qcompiler.report_curve import draw_curve, require_matplotlib
-from qcompiler.scheme import Pattern, Scheme
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern
 from qcompiler.session import cpu_threads, single_threaded_blas
 
 __all__ = ["CompileResult", "compile_model"]
@@ -92,11 +93,11 @@ def compile_model(
         config, excluded = _without_worst(source, config, pipeline_text)
         before = stored_bytes(model)
         data = calibration_data(model, config)
-        algorithms = config.algorithms or pipeline.default_algorithms(config, calibrated=data is not None)
-        config = replace(config, algorithms=algorithms, effort=None)
+        config = pipeline.with_algorithms(config, calibrated=data is not None)
         context = PassContext(config, cpu_threads(config.threads), data, config.progress, store)
         manager = PassManager(pipeline.build(config, context, text=pipeline_text), _instruments(config))
         reports = manager.run(model, meter)
+        config = replace(config, algorithms=pipeline.settled(config.algorithms, context.settled))
         report = CompileReport(config, _source_name(source), reports, data, before, stored_bytes(model))
         report.excluded, report.checkpoints = excluded, store.tally if store is not None else {}
         if report.changed:

@@ -1,15 +1,20 @@
 """What a model wants to be fed, and the data it is fed: calibration rows, held-out rows, random rows."""
 
 import json
+from pathlib import Path
 
 import onnx_ir as ir
 
-from qcompiler.calibration import CalibrationData, load_calibration, synthetic_data
+from qcompiler.calibration import CalibrationData, load_calibration, made_up_data, synthetic_data
+from qcompiler.calibration_inputs import ModelInputs
+from qcompiler.calibration_labels import with_labels
+from qcompiler.calibration_rows import Source
 from qcompiler.config import CompileConfig
-from qcompiler.errors import ModelError
+from qcompiler.errors import CalibrationError, ModelError
 from qcompiler.files.loader import GENAI_CONFIG, source_of
-from qcompiler.session import InputSpec
+from qcompiler.session import InputSpec, cpu_threads
 from qcompiler.sites import find_sites
+from qcompiler.synthetic import Means, synthetic_rows
 
 __all__ = ["calibration_data", "input_specs", "random_data"]
 
@@ -42,7 +47,9 @@ def calibration_data(
     """The data that the configuration names, cut to the model's inputs; None if it names none."""
     if config.calibration is None:
         return None
-    return load_calibration(
+    if config.data_free:
+        return _synthetic(model, config, batch_rows)
+    data = load_calibration(
         config.calibration,
         input_specs(model),
         samples=config.samples,
@@ -52,6 +59,27 @@ def calibration_data(
         head_size=_head_size(model),
         vocabulary=_vocabulary(model),
     )
+    return data if config.labels is None else with_labels(data, config.labels)
+
+
+def _synthetic(model: ir.Model, config: CompileConfig, batch_rows: int) -> CalibrationData:
+    """Data that the model makes itself."""
+    name = str(config.calibration)
+    if Path(name).exists():
+        raise CalibrationError(
+            f"--calibration {name} means data that the model makes itself, but there is a file called so too; "
+            "rename the file, or give its whole path"
+        )
+    inputs = ModelInputs(input_specs(model), head_size=_head_size(model), vocabulary=_vocabulary(model))
+    means = Means(
+        config.sequence_length, config.seed, config.provider, cpu_threads(config.threads), config.max_memory,
+        config.progress,
+    )  # fmt: skip
+
+    def make(rows: int) -> tuple[Source, str]:
+        return synthetic_rows(model, inputs, rows, means)
+
+    return made_up_data(make, samples=config.samples, batch_rows=batch_rows)
 
 
 def _vocabulary(model: ir.Model) -> int | None:

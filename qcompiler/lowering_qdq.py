@@ -75,15 +75,16 @@ def row_constants(site: Site) -> Constants:
 
 
 def channel_constants(site: Site, tensor: QuantizedTensor) -> list[ir.Value]:
-    """Constants of a convolution: codes int8 in the weight's shape, scales [N]."""
-    name = site.weight.name
+    """Constants of a convolution: codes in the weight's shape, scales [N]."""
+    name, bits, width = site.weight.name, tensor.spec.bits, tensor.spec.format.container
     shape = tuple(int(size) for size in tensor.shape.numpy())
 
     def codes() -> np.ndarray:
-        return integer_codes(tensor.codes(), 8, signed=tensor.signed, width=8)
+        found = integer_codes(tensor.codes(), bits, signed=tensor.signed, width=width)
+        return pack_codes(found.reshape(-1), width)
 
     scale = add_constant(graph_of(site), f"{name}_scales", tensor.scale[:, 0])
-    return [_add_lazily(graph_of(site), f"{name}_codes", code_dtype(tensor, 8), shape, codes), scale]
+    return [_add_lazily(graph_of(site), f"{name}_codes", code_dtype(tensor, width), shape, codes), scale]
 
 
 def column_constants(site: Site, tensor: QuantizedTensor, width: int, *, integers: bool) -> list[ir.Value]:

@@ -1,7 +1,7 @@
 """From names to ordered passes and back: ``canonicalize,assign_scheme,gptq{percdamp=0.02},...`` round-trips."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qcompiler import passes
@@ -10,7 +10,7 @@ from qcompiler.errors import SchemeError
 from qcompiler.kernels.library import cuda_targets, library_path
 from qcompiler.passes.base import WEIGHTS, PassContext, QuantPass, Stage, quantizes_activations
 
-__all__ = ["build", "default_algorithms", "parse", "pass_names", "with_operators"]
+__all__ = ["build", "default_algorithms", "parse", "pass_names", "settled", "with_algorithms", "with_operators"]
 
 Step = tuple[str, dict[str, str]]
 _STEP = re.compile(r"\s*([a-z_][a-z0-9_]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
@@ -72,6 +72,23 @@ def with_operators(config: CompileConfig) -> CompileConfig:
     library = library_path()
     runs = library is not None and (config.target != "cuda" or bool(cuda_targets(library)))
     return replace(config, custom_ops="always" if runs else "never")
+
+
+def with_algorithms(config: CompileConfig, *, calibrated: bool) -> CompileConfig:
+    """The configuration with the algorithms that an effort stands for spelled out."""
+    algorithms = config.algorithms or default_algorithms(config, calibrated=calibrated)
+    return replace(config, algorithms=algorithms, effort=None)
+
+
+def settled(algorithms: Sequence[str], chosen: Mapping[str, str]) -> tuple[str, ...]:
+    """The algorithms with what passes chose by the clock in the place of how they were written."""
+    if not chosen:
+        return tuple(algorithms)
+    return tuple(chosen.get(name) or _written(name, options) for name, options in parse(",".join(algorithms)))
+
+
+def _written(name: str, options: Mapping[str, str]) -> str:
+    return name + ("{" + ",".join(f"{key}={value}" for key, value in options.items()) + "}" if options else "")
 
 
 def default_algorithms(config: CompileConfig, *, calibrated: bool) -> tuple[str, ...]:

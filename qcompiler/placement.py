@@ -15,8 +15,8 @@ have to be decoded before it and encoded again behind it is integer itself, if t
 * Softmax, normalization and Gelu stay float: the integer forms are slower or do not exist.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
@@ -54,21 +54,26 @@ class Placement:
 
 
 def place(
-    graph: ir.Graph, sites: Iterable[Site], products: Iterable[ir.Node], scheme: Activations, rules: IntegerRules
+    graph: ir.Graph,
+    sites: Mapping[Site, Activations],
+    products: Iterable[ir.Node],
+    scheme: Activations,
+    rules: IntegerRules,
 ) -> Placement:
     """Decide which values of the top graph are quantized.
 
     Args:
         graph: The top graph, in topological order.
-        sites: Sites of this graph whose scheme has static integer activations.
+        sites: Sites of this graph whose scheme has static integer activations, with these.
         products: MatMul nodes of two activations that are to be integer too.
-        scheme: The resolved activation scheme.
+        scheme: The resolved activation scheme of products; those of sites differ from it in width alone.
         rules: What the target's kernels are like.
     """
     seeds: dict[ir.Node, tuple[int, ...]] = {node: (0, 1) for node in products}
     seeds.update((site.node, (0,)) for site in sites)
     integer = _integer_nodes(graph, seeds, rules)
     placement = Placement()
+    widths = {node: scheme.bits for node in products} | {site.node: each.bits for site, each in sites.items()}
     for node in graph:
         if node not in integer:
             continue
@@ -81,16 +86,23 @@ def place(
     for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
         if value in placement.readers or value in placement.forced:
             placement.readers.setdefault(value, [])
-            placement.specs[value] = _spec(value, placement, scheme, rules)
+            width = min((widths[node] for node, _ in placement.readers[value] if node in widths), default=0)
+            placement.specs[value] = _spec(value, placement, _of_width(scheme, width), rules)
     placement.shared = _shared(integer, placement, rules)
     for members in placement.shared:
-        _unify(members, placement, scheme, rules)
+        _unify(members, placement, _of_width(scheme, 0), rules)
     moved = {value for members in placement.shared for value in members}
     for value, spec in placement.specs.items():
         anchor = anchor_of(value, placement.readers[value]) if rules.followers and value not in moved else 0.0
         if anchor and not spec.symmetric:
             placement.anchors[value] = anchor
     return placement
+
+
+def _of_width(scheme: Activations, bits: int) -> Activations:
+    """The scheme with a number of bits; 0 stands for those of a value that no site reads."""
+    found = replace(scheme, bits=bits or max(scheme.bits, 8))
+    return replace(found, symmetric=True) if bits == 1 else found
 
 
 def _read_both_ways(placement: Placement, seeds: Iterable[ir.Node], rules: IntegerRules) -> Iterator[ir.Value]:
@@ -108,7 +120,7 @@ def _spec(value: ir.Value, placement: Placement, scheme: Activations, rules: Int
     right = bool(readers) and all(node.op_type == "MatMul" and index == 1 for node, index in readers)
     if right and value not in placement.forced and scheme.bits == 8 and not scheme.fp8:
         return ActivationSpec(8, signed=True, symmetric=True)
-    if _starts_at_zero(value) and not rules.signed and not scheme.fp8:
+    if _starts_at_zero(value) and not rules.signed and not scheme.fp8 and scheme.bits > 1:
         return ActivationSpec(scheme.bits)  # a zero point at the end of the range lets the kernel absorb the Relu
     return scheme.spec(signed=rules.signed)
 
@@ -117,8 +129,11 @@ def _unify(members: list[ir.Value], placement: Placement, scheme: Activations, r
     """Give values that share a scale one format, where one begins at zero that one's."""
     formats = dict.fromkeys(placement.specs[value] for value in members)
     if len(formats) > 1:
+        width = min(spec.bits for spec in formats)
         first = next((placement.specs[value] for value in members if _starts_at_zero(value)), None)
-        placement.specs.update(dict.fromkeys(members, first or scheme.spec(signed=rules.signed)))
+        common = first or scheme.spec(signed=rules.signed)
+        symmetric = common.symmetric or width == 1
+        placement.specs.update(dict.fromkeys(members, replace(common, bits=width, symmetric=symmetric)))
 
 
 def _starts_at_zero(value: ir.Value) -> bool:

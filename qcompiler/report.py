@@ -276,7 +276,7 @@ class CompileReport:
             "bytes": {"before": self.bytes_before, "after": self.bytes_after, "files": self.file_bytes},
             "recipe": self.config.recipe(),
             "meaning": scheme_meaning(self.config),
-            "calibration": {"description": data.description, "sha256": data.digest} if data is not None else None,
+            "calibration": None if data is None else _told(data),
             "sites": [asdict(row) for row in self.sites],
             "quantized": self.quantized_sites,
             "skipped": dict(self.skip_reasons()),
@@ -319,6 +319,10 @@ def verification_table(verification: "Verification", console: "Console") -> None
     from qcompiler.report_table import print_verification
 
     print_verification(verification, console)
+
+
+def _told(data: "CalibrationData") -> dict[str, Any]:
+    return {"description": data.description, "sha256": data.digest, "synthetic": data.synthetic}
 
 
 def _own_version() -> str:

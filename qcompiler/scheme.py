@@ -1,22 +1,23 @@
-"""The scheme grammar and the plan that says which site gets which scheme.
+"""The scheme grammar.
 
     scheme   = alias | [ SPARSE "+" ] "w" BITS "a" WIDTH *( "-" option ) | SPARSE
     SPARSE   = "sparse" PERCENT | "sparse" KEPT ":" OF (values of weights become zero: a share, or all but KEPT of OF)
     BITS     = "1" | "2" | "3" | "4" | "8" | "1.58" (ternary: minus one, zero and one times a scale)
-    WIDTH    = "16" (activations stay float) | "8" | "16int" | "1" (with "w1": signs times signs)
+    WIDTH    = "16" (activations stay float) | "8" | "16int" | "4" | "3" | "2" (calibrated codes so narrow)
+             | "1" (with "w1": signs times signs; with "w1.58": calibrated signs)
     option   = "g" SIZE | "channel" | "head" SIZE | "sym" | "asym" | "static" | "dynamic" | "tensor" | "token" | "fp8"
              | "lut" | "vq2" | "vq4" (codes name entries of learned tables, each for 1, 2 or 4 columns)
              | "nf4" (codes of 4 bits name quantiles of the normal distribution)
 
 What a scheme leaves open is filled in by the target (`Scheme.resolve`), so that the same text means the form that each
 target runs fast. With integer activations weights are symmetric, and "sym" and "asym" speak of the activations. In the
-block form (weights of 2 to 4 bits, or a group size) the kernel quantizes activations itself, and "sym" and "asym" speak
-of the weights. Tables have 8, 16 or 256 entries: BITS times columns is 3, 4 or 8. Without a table
-"w1" is signs times a scale.
+block form (weights of 2 to 4 bits and activations of 8, or a group size) the kernel quantizes activations itself, and
+"sym" and "asym" speak of the weights; with "static" or "dynamic" such weights have integer operators too. Tables have
+8, 16 or 256 entries: BITS times columns is 3, 4 or 8. Without a table "w1" is signs times a scale.
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qcompiler.errors import NumericsError, SchemeError
@@ -25,7 +26,7 @@ from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.formats import FORMATS, int_format
 from qcompiler.numerics.pruning import Sparsity
 
-__all__ = ["ALIASES", "GROUP_SIZES", "Activations", "Pattern", "Scheme", "SchemePlan", "parse_optional_scheme"]
+__all__ = ["ALIASES", "GROUP_SIZES", "Activations", "Scheme"]
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 ALIASES = {
@@ -43,7 +44,8 @@ _GRAMMAR = (
     "w1a1, w{1,1.58,2,3,4,8}a16 or w{1.58,2,3,4}a8 followed by any of -g16 -g32 -g64 -g128 -g256 | -channel, "
     "-sym | -asym, -lut | -nf4 | -vq2 | -vq4 (for example w4a16-g64-asym), or w8a8 followed by any of -channel | "
     "-headSIZE, -static | -dynamic, -tensor | -token, -sym | -asym, -fp8 (for example w8a8-dynamic-token), or "
-    "w8a16int, or sparse50 or sparse2:4 alone or in front of one of these (sparse2:4+w4a16)"
+    "w8a16int, or w{1.58,2,3,4,8}a{4,3,2}, or w1.58a1, or w{1.58,2,3,4}a8-static with -sym | -asym, or sparse50 or "
+    "sparse2:4 alone or in front of one of these (sparse2:4+w4a16)"
 )
 _TWICE = {
     "granularity": "gives two granularities; keep one of -gSIZE and -channel",
@@ -72,6 +74,8 @@ _WORDS: dict[str, tuple[str, Any]] = {
 _TABLES = {value: f"-{word}" for word, (kind, value) in _WORDS.items() if kind == "vector"}
 # Widths of codes that name entries of tables.
 _CODE_BITS = (3, 4, 8)
+# Widths of activations whose codes lie in bytes.
+_NARROW = ("1", "2", "3", "4")
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Activations:
     """How what a site reads is quantized; None marks what is still open.
 
     Attributes:
-        bits: 8 or 16; 1 for signs times the mean magnitude of each token, with weights of 1 bit.
+        bits: 8 or 16, or 1 to 4 in bytes; in blocks 1 stands for signs times the mean magnitude of each token, with
+            weights of 1 bit.
         dynamic: Whether scales are computed at run time.
         granularity: What shares a scale: ``tensor``, ``token``, or ``block`` (a token's values within one block of the
             weight: the kernel does it inside).
@@ -149,7 +154,8 @@ class Scheme:
         width = _WIDTH.fullmatch(head)
         if not width:
             raise SchemeError(f"scheme '{text}': '{head}' is not understood; expected {_GRAMMAR}, or {_aliases()}")
-        if width[2] not in ("16", "8", "16int") and width[0] != "w1a1":
+        narrow = width[2] in _NARROW and width[1] != "1"
+        if width[2] not in ("16", "8", "16int") and not narrow and width[0] != "w1a1":
             raise SchemeError(f"scheme '{text}': activations of {width[2]} bits are not available; expected {_GRAMMAR}")
         ternary = width[1] == _TERNARY
         tables = any(_WORDS.get(option, ("",))[0] == "vector" for option in options) or width[1] == "1"
@@ -213,7 +219,8 @@ class Scheme:
     def _made(cls, bits: int, width: str, given: dict[str, Any], text: str) -> "Scheme":
         """The scheme of options; raises SchemeError for those that do not go together."""
         unit, size = given.get("granularity", ("g", None))
-        block = width == "8" and (bits != 8 or bool(size and unit == "g"))
+        integers = any(given.get(kind) is not None for kind in ("dynamic", "shared"))
+        block = width == "8" and not integers and (bits != 8 or bool(size and unit == "g"))
         if width == "16" or block:
             extra = [w for w, (kind, value) in _WORDS.items() if kind in _OF_CODES and given.get(kind) == value]
             if extra or unit == "head":
@@ -222,9 +229,17 @@ class Scheme:
                 raise SchemeError(f"scheme '{text}': -{wrong} does not go with {what}; expected {_GRAMMAR}")
             activations = Activations(granularity="block", dynamic=True) if block else None
             return cls(bits, size, given.get("symmetric"), activations)
-        if bits != 8 or (width == "16int" and given.get("fp8")):
+        if width == "16int" and (bits != 8 or given.get("fp8")):
             raise SchemeError(f"scheme '{text}': 16-bit integer activations go with 8-bit integer weights (w8a16int)")
+        if given.get("fp8") and (bits != 8 or width != "8"):
+            raise SchemeError(f"scheme '{text}': 8-bit floats are w8a8-fp8")
+        if size and unit == "g":
+            raise SchemeError(
+                f"scheme '{text}': integer operators have one scale for each output channel; drop -g{size}"
+            )
         shared, dynamic, symmetric = given.get("shared"), given.get("dynamic"), given.get("symmetric")
+        if width in _NARROW:
+            return cls._narrow(bits, int(width), given, text)
         if shared == "token" and dynamic is False:
             raise SchemeError(f"scheme '{text}': a scale for each token is computed at run time; write -dynamic-token")
         if dynamic and width == "16int":
@@ -239,7 +254,19 @@ class Scheme:
             16 if width == "16int" else 8, dynamic or shared == "token" or dynamic, shared, symmetric
         )
         activations = replace(activations, fp8=bool(given.get("fp8")))
-        return cls(8, 0, True, activations, size if unit == "head" else 0)
+        return cls(bits, 0, True, activations, size if unit == "head" else 0)
+
+    @classmethod
+    def _narrow(cls, bits: int, width: int, given: dict[str, Any], text: str) -> "Scheme":
+        """A scheme with activations of less than 8 bits."""
+        if given.get("dynamic") or given.get("shared") == "token":
+            raise SchemeError(f"scheme '{text}': activations of {width} bits are calibrated; drop -dynamic and -token")
+        if width == 1 and given.get("symmetric") is False:
+            raise SchemeError(f"scheme '{text}': signs have no zero point; drop -asym")
+        symmetric = True if width == 1 else given.get("symmetric")
+        unit, size = given.get("granularity", ("g", None))
+        activations = Activations(width, dynamic=False, granularity="tensor", symmetric=symmetric)
+        return cls(bits, 0, True, activations, size if unit == "head" else 0)
 
     def resolve(self, target: str) -> "Scheme":
         """Fill in what was left open with what `target` runs fast: see `docs/schemes.md`."""
@@ -274,7 +301,11 @@ class Scheme:
         if self.group_size is None or self.symmetric is None:
             raise SchemeError(f"scheme '{self}' has to be resolved for a target first")
         if self.activations is not None and self.spelled_out:
-            return WeightSpec(8, columns, True, False, scale_dtype, self.head_size, reduced, self.activations.fp8)
+            # ONNX Runtime's integer kernels take a scale's sign as it is; 8 bits do without, for those of others.
+            signed = self.bits < 8 and not self.ternary
+            reduced &= self.bits == 8
+            fp8 = self.activations.fp8
+            return WeightSpec(self.bits, columns, True, signed, scale_dtype, self.head_size, reduced, fp8)
         stream = stream or bool(self.vector)
         group_size = self.group_size or (-(-columns // 64) * 64 if stream else columns)
         signed = signed_scale and not self.ternary  # without the sign of a scale the lowest code is left out
@@ -320,74 +351,3 @@ def _option(option: str, text: str) -> tuple[str, Any]:
 
 def _aliases() -> str:
     return "an alias (" + ", ".join(ALIASES) + ")"
-
-
-def parse_optional_scheme(text: str) -> Scheme | None:
-    """A scheme, or None for the word ``float``."""
-    return None if text.strip().lower() == "float" else Scheme.parse(text)
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Selects sites by name: ``re:`` and a regular expression, searched anywhere in the name, or the exact name."""
-
-    text: str
-
-    def __post_init__(self) -> None:
-        if self.text.startswith("re:"):
-            try:
-                re.compile(self.text[3:])
-            except re.error as error:
-                raise SchemeError(f"pattern '{self.text}': {error}; quote or escape special characters") from error
-
-    def matches(self, names: tuple[str, ...]) -> bool:
-        """Whether any of a site's names is meant."""
-        if self.text.startswith("re:"):
-            return any(re.search(self.text[3:], name) for name in names)
-        return self.text in names
-
-
-@dataclass(frozen=True)
-class SchemePlan:
-    """Which scheme each kind of site gets; None leaves it float.
-
-    Attributes:
-        default: For linear sites.
-        embedding: For lookup tables (Gather).
-        lm_head: For the projection onto the vocabulary.
-        overrides: (pattern, scheme), the last match wins, over everything else but `ignore` and `only`.
-        ignore: Sites left float.
-        only: Where given, all other sites are left float.
-    """
-
-    default: Scheme | None
-    embedding: Scheme | None = field(default_factory=lambda: Scheme(8))
-    lm_head: Scheme | None = field(default_factory=lambda: Scheme(8))
-    overrides: tuple[tuple[Pattern, Scheme | None], ...] = ()
-    ignore: tuple[Pattern, ...] = ()
-    only: tuple[Pattern, ...] = ()
-
-    @property
-    def schemes(self) -> tuple[Scheme, ...]:
-        """Every scheme that the plan names."""
-        named = (self.default, self.embedding, self.lm_head, *(scheme for _, scheme in self.overrides))
-        return tuple(scheme for scheme in named if scheme is not None)
-
-    def scheme_for(self, role: str, names: tuple[str, ...]) -> tuple[Scheme | None, str]:
-        """The scheme of a site, or None with the reason why it stays float."""
-        for pattern in self.ignore:
-            if pattern.matches(names):
-                return None, f"ignored (--ignore {pattern.text})"
-        if self.only and not any(pattern.matches(names) for pattern in self.only):
-            return None, "not among --only"
-        for pattern, scheme in reversed(self.overrides):
-            if pattern.matches(names):
-                return scheme, f"left float (--set {pattern.text}=float)" if scheme is None else ""
-        scheme = {"embedding": self.embedding, "lm_head": self.lm_head}.get(role, self.default)
-        option = "--scheme" if role in ("linear", "conv") else "--" + role.replace("_", "-")
-        return scheme, f"left float ({option} float)" if scheme is None else ""
-
-    def unmatched(self, all_names: list[tuple[str, ...]]) -> list[str]:
-        """Patterns that select nothing: almost always a misspelling."""
-        patterns = [*self.ignore, *self.only, *(pattern for pattern, _ in self.overrides)]
-        return [p.text for p in patterns if not any(p.matches(names) for names in all_names)]

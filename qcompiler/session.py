@@ -1,6 +1,7 @@
 """OrtRunner: ONNX Runtime sessions as the compiler needs them."""
 
 import ctypes
+import functools
 import json
 import math
 import os
@@ -18,7 +19,16 @@ from qcompiler.kernels.library import library_path, register
 from qcompiler.kernels.schemas import DOMAIN
 from qcompiler.runtime import preload_cuda, require_onnxruntime
 
-__all__ = ["Executed", "Feeds", "InputSpec", "OrtRunner", "cpu_threads", "operators_of", "single_threaded_blas"]
+__all__ = [
+    "Executed",
+    "Feeds",
+    "InputSpec",
+    "OrtRunner",
+    "cpu_threads",
+    "operators_of",
+    "saturates",
+    "single_threaded_blas",
+]
 
 Feeds = dict[str, np.ndarray]
 _KERNEL_EVENT = "_kernel_time"
@@ -50,6 +60,25 @@ class InputSpec:
 def cpu_threads(requested: int) -> int:
     """The number of threads to use: `requested`, or every core this process may run on when it is 0."""
     return requested or len(os.sched_getaffinity(0))
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether ONNX Runtime adds pairs of 8-bit products in 16 bits here, as on x86 processors without VNNI."""
+    import onnx
+
+    left, right = (onnx.helper.make_tensor_value_info("x", 2, [1, 64]), np.full((64, 16), 127, np.int8))
+    weight = onnx.numpy_helper.from_array(right, "w")
+    nodes = [onnx.helper.make_node("MatMulInteger", ["x", "w"], ["y"])]
+    outputs = [onnx.helper.make_tensor_value_info("y", 6, [1, 16])]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "probe", [left], outputs, [weight]),
+        opset_imports=[onnx.helper.make_opsetid("", 13)],
+        ir_version=8,
+    )
+    with OrtRunner(model.SerializeToString(), threads=1) as runner:
+        found = runner.run({"x": np.full((1, 64), 255, np.uint8)})["y"]
+    return bool((found != 64 * 255 * 127).any())
 
 
 @contextmanager

@@ -244,6 +244,8 @@ def _integer_refusal(site: "Site", scheme: Scheme, target: str) -> str:
         return "ONNX Runtime's CUDA provider has no integer kernels; use w4a16, w8a8-fp8, or --target tensorrt"
     if activations.fp8 and target == "cpu":
         return "the CPU has no kernels for 8-bit floats; use w8a8, or --target cuda or tensorrt"
+    if target == "tensorrt" and (activations.bits < 8 or scheme.bits < 8):
+        return "TensorRT's integer kernels take 8 bits; use w8a8"
     if activations.bits == 16 and target != "portable":
         return f"{target} has no kernel for 16-bit integer activations; use w8a8, or --target portable"
     if site.dtype == ir.DataType.BFLOAT16:

@@ -14,7 +14,8 @@ from qcompiler.config import CompileConfig
 from qcompiler.graph import SCHEME_KEY, Site
 from qcompiler.legality import check_legal
 from qcompiler.passes.base import PassContext
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from qcompiler.sites import find_sites
 
 

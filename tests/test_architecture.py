@@ -100,7 +100,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     "blocks": ("blocks", "readings waypoints segments calibration session scratch graph numerics errors"),
     "tuning": (
         "tuning tuning.*",
-        "itself torch_graph checkpoints segments statistics session scratch graph scheme records numerics errors",
+        "itself torch_graph checkpoints segments statistics calibration session scratch graph scheme records numerics "
+        "errors",
     ),
     "opset_rules": ("opset_rules", "lowering graph errors"),
     "lowering": ("lowering lowering_*", "itself graph targets scheme numerics errors"),
@@ -122,7 +123,9 @@ LAYERS: dict[str, tuple[str, str]] = {
     "waypoints": ("waypoints", "checkpoints segments session graph errors"),
     "checkpoints": ("checkpoints", "errors"),
     "segments": ("segments", "graph session errors"),
-    "feeding": ("feeding", "calibration files session graph config errors"),
+    "feeding": ("feeding", "synthetic calibration files session graph config errors"),
+    "synthetic": ("synthetic synthetic.*", "itself zeroq segments calibration session graph extras errors"),
+    "zeroq": ("synthetic.zeroq", "torch_graph graph errors"),
     "statistics": ("statistics", "calibration session scratch graph numerics errors"),
     "calibration": ("calibration calibration_*", "itself session scratch graph numerics errors"),
     "files": ("files files.*", "itself graph numerics errors"),
@@ -132,7 +135,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "targets": ("targets", "graph config scheme numerics errors"),
     "graph": ("graph sites quantized", "itself kernels.schemas numerics errors"),
     "config": ("config", "scheme numerics errors"),
-    "scheme": ("scheme", "numerics errors"),
+    "scheme": ("scheme scheme_plan", "itself numerics errors"),
     "records": ("records", "numerics errors"),
     "kernels.build": ("kernels.build kernels.headers", "itself kernels.triton kernels.library errors"),
     "kernels.triton": ("kernels.triton kernels.triton.*", "itself errors"),
@@ -146,7 +149,7 @@ LAYERS: dict[str, tuple[str, str]] = {
 }
 HEAVY = {"onnxruntime", "tokenizers", "torch", "transformers"}
 # Layers made of torch: they import it as they are imported, so others import them as they would import torch.
-TORCH_LAYERS = {"torch_graph", "tuning"}
+TORCH_LAYERS = {"torch_graph", "tuning", "zeroq"}
 FILE_MODULES = {"io", "os", "pathlib", "shutil", "subprocess", "tempfile"}
 FILE_CALLS = {
     "open",

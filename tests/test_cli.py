@@ -16,7 +16,8 @@ from qcompiler import cli, driver
 from qcompiler.cli import main, qcompile
 from qcompiler.cli_output import default_output
 from qcompiler.errors import ModelError
-from qcompiler.scheme import Pattern, Scheme
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern
 
 SUBCOMMANDS = ("bench", "compare", "compile", "inspect", "passes", "schemes")
 

@@ -110,7 +110,8 @@ def test_a_compiled_model_can_be_compiled_again():
     from qcompiler import pipeline
     from qcompiler.instruments import Legality, MemoryMeter
     from qcompiler.pass_manager import PassManager
-    from qcompiler.scheme import Pattern, Scheme, SchemePlan
+    from qcompiler.scheme import Scheme
+    from qcompiler.scheme_plan import Pattern, SchemePlan
 
     model = decoder(1)
     for ignored in (("re:l0",), ()):

@@ -8,7 +8,8 @@ from qcompiler.config import CompileConfig
 from qcompiler.files.saver import save_model
 from qcompiler.mixing import fixed_bytes, formats_of, layer_of, units_of
 from qcompiler.numerics.allocation import Choice
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from qcompiler.sites import find_sites
 from qcompiler.targets import form_bytes, lowered_bytes
 from tests.builders import apply, context, decoder, linear_model, quantized, the_site

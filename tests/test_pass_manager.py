@@ -136,7 +136,8 @@ def test_a_pipeline_is_printed_with_its_options():
 def test_between_any_two_passes_the_model_runs(algorithm):
     """The first decision of the design; here on a decoder, whose result moves only where weights are rounded."""
     from qcompiler import pipeline
-    from qcompiler.scheme import Scheme, SchemePlan
+    from qcompiler.scheme import Scheme
+    from qcompiler.scheme_plan import SchemePlan
 
     feeds = token_batches(1)[0]
     results = {}

@@ -7,7 +7,8 @@ from qcompiler.config import CompileConfig
 from qcompiler.errors import SchemeError
 from qcompiler.options import NoOptions
 from qcompiler.passes.base import WEIGHTS, QuantPass, Stage
-from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan
 from tests.builders import context
 
 

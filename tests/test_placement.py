@@ -120,7 +120,8 @@ def placed(model, scheme="w8a8", target="cpu", products=()):
     activations = Scheme.parse(scheme).resolve(target).activations
     rules = IntegerRules.of(target, fp8=activations.fp8)
     apply("assign_scheme", model, context(scheme=scheme, target=target))
-    sites = [site for site in find_sites(model)[0] if explicit_activations(site) is not None]
+    found = {site: explicit_activations(site) for site in find_sites(model)[0]}
+    sites = {site: scheme for site, scheme in found.items() if scheme is not None}
     names = [node for node in model.graph if node.outputs[0].name in products]
     return place(model.graph, sites, names, activations, rules)
 
@@ -244,7 +245,7 @@ def test_operators_of_other_domains_and_with_several_outputs_do_not_follow():
 
 def test_nothing_to_place():
     placement = place(
-        graph("y = Sigmoid(x)").graph, [], [], Scheme.parse("w8a8").resolve("cpu").activations, IntegerRules()
+        graph("y = Sigmoid(x)").graph, {}, [], Scheme.parse("w8a8").resolve("cpu").activations, IntegerRules()
     )
     assert not placement.specs
     assert not placement.constants

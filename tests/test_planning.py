@@ -13,7 +13,8 @@ from qcompiler.files.loader import load_model
 from qcompiler.instruments import MemoryMeter, stored_bytes
 from qcompiler.pass_manager import PassManager
 from qcompiler.planning import inspect_model, plan_model
-from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan
 from tests.builders import context, decoder, normal, parse, serialized
 
 TIED = """g (int64[B,S] i) => (float[B,S,512] y) {

@@ -7,31 +7,41 @@ from qcompiler.errors import SchemeError
 from qcompiler.numerics.activation import ActivationSpec
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.formats import FORMATS
-from qcompiler.scheme import ALIASES, GROUP_SIZES, Activations, Pattern, Scheme, SchemePlan, parse_optional_scheme
+from qcompiler.scheme import ALIASES, GROUP_SIZES, Activations, Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan, parse_optional_scheme
 
 BLOCKS = Activations(granularity="block", dynamic=True)
-EVERY = [
-    Scheme(bits, group, symmetric, activations)
-    for activations in (None, BLOCKS)
-    for bits in FORMATS
-    for group in (None, 0, *GROUP_SIZES)
-    for symmetric in (None, True, False)
-    if activations is None or bits != 8 or group
-] + [
-    Scheme(8, 0, True, activations, head_size)
-    for head_size in (0, 64)
-    for activations in (
-        Activations(),
-        Activations(16),
-        Activations(fp8=True),
-        Activations(dynamic=True),
-        Activations(dynamic=True, granularity="token"),
-        Activations(dynamic=True, granularity="tensor"),
-        Activations(dynamic=True, granularity="tensor", symmetric=False),
-        Activations(dynamic=False, granularity="tensor", symmetric=False),
-        Activations(dynamic=False, symmetric=True),
-    )
-]
+EVERY = (
+    [
+        Scheme(bits, group, symmetric, activations)
+        for activations in (None, BLOCKS)
+        for bits in FORMATS
+        for group in (None, 0, *GROUP_SIZES)
+        for symmetric in (None, True, False)
+        if activations is None or bits != 8 or group
+    ]
+    + [
+        Scheme(8, 0, True, activations, head_size)
+        for head_size in (0, 64)
+        for activations in (
+            Activations(),
+            Activations(16),
+            Activations(fp8=True),
+            Activations(dynamic=True),
+            Activations(dynamic=True, granularity="token"),
+            Activations(dynamic=True, granularity="tensor"),
+            Activations(dynamic=True, granularity="tensor", symmetric=False),
+            Activations(dynamic=False, granularity="tensor", symmetric=False),
+            Activations(dynamic=False, symmetric=True),
+        )
+    ]
+    + [
+        Scheme(bits, 0, True, Activations(width, False, "tensor", symmetric), ternary=ternary)
+        for bits, ternary in ((2, True), (2, False), (3, False), (4, False), (8, False))
+        for width in (1, 2, 3, 4, 8)
+        for symmetric in ((True,) if width == 1 else (True, False))
+    ]
+)
 
 
 @pytest.mark.parametrize("scheme", EVERY, ids=str)
@@ -55,6 +65,10 @@ def test_text_and_scheme_are_inverse(scheme):
         ("q8", Scheme(8, 32, True)),
         ("w4a8", Scheme(4, activations=BLOCKS)),
         ("w8a8-g32", Scheme(8, 32, activations=BLOCKS)),
+        ("w4a8-static", Scheme(4, 0, True, Activations(dynamic=False))),
+        ("w4a8-token", Scheme(4, 0, True, Activations(dynamic=True, granularity="token"))),
+        ("w4a4", Scheme(4, 0, True, Activations(4, False, "tensor"))),
+        ("w1.58a1", Scheme(2, 0, True, Activations(1, False, "tensor", True), ternary=True)),
         ("w8a8-channel-sym", Scheme(8, 0, True, Activations(symmetric=True))),
         ("w8a8-token", Scheme(8, 0, True, Activations(dynamic=True, granularity="token"))),
     ],
@@ -74,9 +88,14 @@ def test_every_alias_means_a_scheme():
         ("", "'' is not understood; expected w1a1, w{1,1.58,2,3,4,8}a16"),
         ("fp8", "'fp8' is not understood"),
         ("w4", "'w4' is not understood"),
-        ("w4a4", "activations of 4 bits are not available"),
-        ("w4a8-dynamic", "-dynamic does not go with a group size"),
-        ("w8a8-g32-token", "-token does not go with a group size"),
+        ("w4a5", "activations of 5 bits are not available"),
+        ("w1a4", "activations of 4 bits are not available"),
+        ("w4a4-dynamic", "activations of 4 bits are calibrated"),
+        ("w4a4-token", "activations of 4 bits are calibrated"),
+        ("w4a4-g32", "one scale for each output channel; drop -g32"),
+        ("w4a4-fp8", "8-bit floats are w8a8-fp8"),
+        ("w1.58a1-asym", "signs have no zero point"),
+        ("w8a8-g32-token", "one scale for each output channel; drop -g32"),
         ("w8a8-static-token", "write -dynamic-token"),
         ("w8a8-static-dynamic", "says twice when activations are quantized"),
         ("w8a8-tensor-token", "gives two granularities of activations"),
@@ -92,7 +111,6 @@ def test_every_alias_means_a_scheme():
         ("w5a16", "weights of 5 bits are not available; known widths: 1, 1.58, 2, 3, 4, 8"),
         ("w1.58a16-asym", "ternary weights are symmetric; drop -asym, or use w2a16-asym"),
         ("w3a16int", "16-bit integer activations go with 8-bit integer weights"),
-        ("w3a8-dynamic", "-dynamic does not go with a group size"),
         ("w1.5a16", "weights of 1.5 bits are not available"),
         ("w3a16-nf4", "nf4 is a table for 4 bits; write w4a16-nf4"),
         ("w4a16-nf4-lut", "gives two kinds of tables; keep one of -lut, -nf4, -vq2 and -vq4"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qcompiler.graph import input_feature_axis, read_weight
-from qcompiler.scheme import Pattern
+from qcompiler.scheme_plan import Pattern
 from qcompiler.sites import find_products, find_sites, module_path
 from tests.builders import apply, decoder, normal, parse, run, the_site
 

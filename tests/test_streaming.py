@@ -11,7 +11,8 @@ from qcompiler.errors import CalibrationError, NumericsError
 from qcompiler.graph import input_feature_axis
 from qcompiler.passes.gptq import Gptq
 from qcompiler.quantized import QuantizedTensor
-from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan
 from qcompiler.scratch import Scratch
 from qcompiler.session import single_threaded_blas
 from qcompiler.sites import find_sites

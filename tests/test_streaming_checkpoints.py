@@ -14,7 +14,8 @@ from qcompiler.checkpoints import Checkpoints, code_version
 from qcompiler.passes import base, base_segments
 from qcompiler.passes.gptq import Gptq
 from qcompiler.passes.obq import Obq
-from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan
 from qcompiler.segments import plan_segments
 from qcompiler.session import OrtRunner, single_threaded_blas
 from qcompiler.sites import find_sites

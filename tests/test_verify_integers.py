@@ -5,7 +5,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan
 from qcompiler.session import OrtRunner
 from qcompiler.verify import verify
 from qcompiler.verify_integers import audit_integers, oversight_remarks, quantizes_values

@@ -94,6 +94,14 @@ PACKAGES = {
         "BSD-3-Clause, and the pictures' own",
         ("--python-version", "3.11", "--platform", "manylinux_2_28_x86_64"),
     ),
+    "digits": Package(
+        "wheel",
+        "scikit-learn",
+        "1.9.1",
+        "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
+        "BSD-3-Clause",
+        ("--python-version", "3.11", "--platform", "manylinux_2_28_x86_64"),
+    ),
     "rated-sentences": Package(
         "sdist", "vadersentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", "MIT"
     ),

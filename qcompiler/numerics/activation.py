@@ -21,6 +21,8 @@ __all__ = [
 
 # The largest finite E4M3 number.
 _FP8_MAX = 448.0
+# Numbers of this size or more are at the end of the codes when they are divided by it; float16 holds it.
+_TINY = 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class ActivationSpec:
     """Format of an activation's codes.
 
     Attributes:
-        bits: 8 or 16.
+        bits: 8 or 16, or 1 to 4, whose codes lie in bytes and are cut off behind QuantizeLinear. 1 stands for signs:
+            the codes beside the middle, to which everything is sent that is not zero.
         signed: int8 or int16 in the place of uint8 or uint16.
         symmetric: Zero is the middle code, and the code without a mirror image is not used.
         fp8: float8 E4M3 in the place of integers; the other fields but `bits` mean nothing then.
@@ -43,17 +46,37 @@ class ActivationSpec:
         """For reports: ``uint8``, ``int8-sym`` ..."""
         if self.fp8:
             return "float8e4m3"
-        return f"{self.dtype.name}{'-sym' if self.symmetric else ''}"
+        if self.bits == 1:
+            return "signs"
+        return f"{'' if self.signed else 'u'}int{self.bits}{'-sym' if self.symmetric else ''}"
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the codes that are used are fewer than those of the type."""
+        return self.bits < 8
 
     @property
     def limits(self) -> tuple[int, int]:
         """Smallest and largest code."""
+        if self.bits == 1:
+            return self.middle - 1, self.middle + 1
         low = -(1 << (self.bits - 1)) if self.signed else 0
         return low + (1 if self.symmetric else 0), low + (1 << self.bits) - 1
 
     @property
+    def ends(self) -> tuple[int, int]:
+        """Where codes saturate.
+
+        The code without a mirror image is left out of a symmetric grid's scale, but QuantizeLinear may come to it.
+        """
+        kind = np.iinfo(self.dtype)
+        return self.limits if self.narrow else (int(kind.min), int(kind.max))
+
+    @property
     def middle(self) -> int:
         """The code that means zero on a symmetric grid."""
+        if self.bits == 1:
+            return 0 if self.signed else 128
         return 0 if self.signed else 1 << (self.bits - 1)
 
     @property
@@ -64,7 +87,11 @@ class ActivationSpec:
 
             float8: np.dtype[Any] = np.dtype(ml_dtypes.float8_e4m3fn)
             return float8
-        return np.dtype(f"{'' if self.signed else 'u'}int{self.bits}")
+        return np.dtype(f"{'' if self.signed else 'u'}int{max(self.bits, 8)}")
+
+    def encoding_scale(self, scale: float) -> float:
+        """What QuantizeLinear divides by: the scale, or for signs so little that every number leaves the middle."""
+        return _TINY if self.bits == 1 else scale
 
 
 # A step grows by a third at most to let a given number be a code.
@@ -115,11 +142,10 @@ def _anchored(low: float, high: float, anchor: float, steps: int) -> tuple[float
 
 def quantize_activation(values: np.ndarray, scale: float, zero_point: int, spec: ActivationSpec) -> np.ndarray:
     """Codes of `values` in the format's dtype, as QuantizeLinear computes them; any shape."""
-    scaled = np.divide(values, np.float32(scale), dtype=np.float32)
+    scaled = np.divide(values, np.float32(spec.encoding_scale(scale)), dtype=np.float32)
     if spec.fp8:
         return np.asarray(np.clip(scaled, -_FP8_MAX, _FP8_MAX), spec.dtype)
-    first = np.iinfo(spec.dtype).min
-    return np.asarray(np.clip(np.rint(scaled) + np.float32(zero_point), first, np.iinfo(spec.dtype).max), spec.dtype)
+    return np.asarray(np.clip(np.rint(scaled) + np.float32(zero_point), *spec.ends), spec.dtype)
 
 
 def dequantize_activation(codes: np.ndarray, scale: float, zero_point: int) -> np.ndarray:

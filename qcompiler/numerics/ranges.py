@@ -298,9 +298,8 @@ def _error_function(histogram: Histogram, spec: ActivationSpec) -> Callable[[flo
         if table is not None:
             integral = _float8_integral(steps, *table)
         else:
-            # Codes below the first one that a range spells out are reached too: QuantizeLinear saturates at the type's.
-            info = np.iinfo(spec.dtype)
-            integral = _integral(steps, int(info.min) - zero_point, int(info.max) - zero_point)
+            first, last = spec.ends
+            integral = _integral(steps, first - zero_point, last - zero_point)
         return float(scale) ** 3 * max(float(drops @ integral), 0.0)
 
     return error

@@ -1,7 +1,7 @@
 """TorchGraph: the nodes of a graph or segment, run in order, each tensor freed after its last reader."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcompiler.errors import KernelError
 from qcompiler.torch_graph.dtypes import TORCH_DTYPES, to_torch
-from qcompiler.torch_graph.registry import Call, Operator, describe, find_operator
+from qcompiler.torch_graph.registry import Call, Operator, describe, find_operator, replaced
 
 __all__ = ["TorchGraph", "unsupported"]
 
@@ -70,6 +70,7 @@ class TorchGraph:
         outputs: Sequence[str],
         *,
         constants: Sequence[ir.Value] = (),
+        functions: Mapping[ir.Node, Callable[..., Any]] | None = None,
     ) -> None:
         """Look up every node's function; nothing is computed and no constant is read yet.
 
@@ -78,11 +79,13 @@ class TorchGraph:
             opset_imports: Domain -> version.
             outputs: Names wanted.
             constants: Initializers that may be outputs without any node that reads them.
+            functions: What runs in the place of nodes' operators: takes a `Call` and the inputs, as operators do.
 
         Raises:
             KernelError: A node has no function here; the message lists every such node (see `unsupported`).
         """
         problems: list[str] = []
+        self._functions = functions or {}
         self._constants: dict[str, ir.Value] = {value.name: value for value in constants if value.name}
         self._steps = [step for node in nodes if (step := self._prepare(node, opset_imports, problems)) is not None]
         if problems:
@@ -196,6 +199,8 @@ class TorchGraph:
         """A node with its function and its bodies; what is wrong with it goes to `problems`."""
         call = Call(node, _version(node, opset_imports))
         operator = find_operator(call) if node.overload == "" else "functions of the model have to be inlined before"
+        if node in self._functions:
+            operator = replaced(self._functions[node])
         problem = operator if isinstance(operator, str) else _type_problem(node)
         if problem:
             problems.append(f"{describe(node)} at version {call.version}: {problem}")

@@ -120,7 +120,10 @@ def _shrink(call: Call, x: Tensor) -> Tensor:
 
 @op("Softmax", since=13)
 def _softmax(call: Call, x: Tensor) -> Tensor:
-    axis = call.get("axis", -1)
+    return _probabilities(x, call.get("axis", -1))
+
+
+def _probabilities(x: Tensor, axis: int) -> Tensor:
     if x.requires_grad:
         blind = (x == -math.inf).all(axis, keepdim=True)
         if bool(blind.any()):
@@ -148,7 +151,7 @@ def _flat(call: Call, x: Tensor) -> Tensor:
 
 @op("Softmax", since=1)
 def _softmax_flat(call: Call, x: Tensor) -> Tensor:
-    return torch.softmax(_flat(call, x), -1).reshape(x.shape)
+    return _probabilities(_flat(call, x), -1).reshape(x.shape)
 
 
 @op("LogSoftmax", since=1)

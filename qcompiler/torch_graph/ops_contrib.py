@@ -60,10 +60,11 @@ def _gather_block_quantized(
     axis, quantized = call.get("gather_axis", 0), call.get("quantize_axis", 1) % data.ndim
     block = call.get("block_size", 128)
     middle = 0
-    if not narrow and not data.is_floating_point():  # uint8 holds packed codes, their zero in the middle
+    if not narrow:  # uint8 holds packed codes, their zero in the middle; floats may stand in their place
         middle = 1 << (bits - 1)
-        data = _unpacked(data, bits)
-        zero_point = None if zero_point is None else _unpacked(zero_point, bits).narrow(-1, 0, scale.shape[-1])
+        data = data if data.is_floating_point() else _unpacked(data, bits)
+        if zero_point is not None and not zero_point.is_floating_point():
+            zero_point = _unpacked(zero_point, bits).narrow(-1, 0, scale.shape[-1])
     axis %= data.ndim
     chosen = gather(data, indices, axis)
     # Blocks run along `quantize_axis`, which is not the gathered one.

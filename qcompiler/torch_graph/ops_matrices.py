@@ -43,4 +43,16 @@ def _einsum(call: Call, *inputs: Tensor) -> Tensor:
 
 @op("Det")
 def _det(_: Call, x: Tensor) -> Tensor:
-    return torch.linalg.det(x)
+    result = torch.linalg.det(x)
+    singular = result.detach() == 0
+    if not x.requires_grad or not bool(singular.any()):
+        return result
+    # There torch's own gradient is zero; the true one is the matrix of cofactors.
+    return torch.where(singular, ((x - x.detach()) * _cofactors(x.detach())).sum((-2, -1)), result)
+
+
+def _cofactors(x: Tensor) -> Tensor:
+    """Those of square matrices [..., N, N]: of U diag(s) V they are det(U) det(V) U diag(products of the other s) V."""
+    u, s, v = torch.linalg.svd(x)
+    others = s.unsqueeze(-2).masked_fill(torch.eye(s.shape[-1], dtype=torch.bool), 1).prod(-1)
+    return (torch.linalg.det(u) * torch.linalg.det(v))[..., None, None] * (u * others.unsqueeze(-2)) @ v

@@ -1,5 +1,6 @@
 """Normalizations, those of ONNX Runtime included."""
 
+import math
 from typing import Any
 
 import torch
@@ -114,7 +115,9 @@ def _lp_normalization(call: Call, x: Tensor) -> Tensor:
 def _mean_variance_normalization(call: Call, x: Tensor) -> Tensor:
     axes = call.get("axes", [0, 2, 3])
     centred = x - x.mean(axes, keepdim=True)
-    return centred / (centred.square().mean(axes, keepdim=True).sqrt() + 1e-9)
+    count = math.prod(x.shape[axis] for axis in axes)
+    # A norm, since the gradient of a root at zero is infinite, and constant input is no reason for NaN.
+    return centred / (torch.linalg.vector_norm(centred, 2, axes, keepdim=True) / math.sqrt(count) + 1e-9)
 
 
 @op("LRN")

@@ -99,8 +99,9 @@ def _average_pool(call: Call, x: Tensor) -> Tensor:
 
 @op("LpPool", since=2)
 def _lp_pool(call: Call, x: Tensor) -> Tensor:
-    p, windows = call.get("p", 2), _windows(call, x)
-    return windows.of(x, 0).abs().pow(p).sum(windows.taps).pow(1 / p)
+    windows = _windows(call, x)
+    # The gradient of a norm at zero is zero, unlike that of a root.
+    return torch.linalg.vector_norm(windows.of(x, 0), call.get("p", 2), windows.taps)
 
 
 @op("GlobalAveragePool")
@@ -115,5 +116,4 @@ def _global_max_pool(_: Call, x: Tensor) -> Tensor:
 
 @op("GlobalLpPool", since=2)
 def _global_lp_pool(call: Call, x: Tensor) -> Tensor:
-    p = call.get("p", 2)
-    return x.abs().pow(p).sum(list(range(2, x.ndim)), keepdim=True).pow(1 / p)
+    return torch.linalg.vector_norm(x, call.get("p", 2), list(range(2, x.ndim)), keepdim=True)

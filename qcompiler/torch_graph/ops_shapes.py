@@ -209,8 +209,12 @@ def _padded(x: Tensor, pads: list[int], axes: list[int], mode: str, value: Any) 
 @op("Pad", since=11)
 def _pad(call: Call, x: Tensor, pads: Tensor, value: Tensor | None = None, axes: Tensor | None = None) -> Tensor:
     chosen = list(range(x.ndim)) if axes is None else axes.tolist()
-    fill = 0 if value is None else value.item()
-    return _padded(x, pads.tolist(), chosen, call.get("mode", "constant"), fill)
+    fill, mode = 0 if value is None else value.item(), call.get("mode", "constant")
+    result = _padded(x, pads.tolist(), chosen, mode, fill)
+    if value is None or not value.requires_grad or mode != "constant":
+        return result
+    inside = _padded(torch.ones_like(x, dtype=torch.bool), pads.tolist(), chosen, mode, False)
+    return torch.where(inside, result, value.reshape(()))  # the same numbers, as a function of the value
 
 
 @op("Pad", since=2)

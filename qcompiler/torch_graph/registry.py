@@ -19,6 +19,7 @@ __all__ = [
     "find_operator",
     "op",
     "register",
+    "replaced",
     "supported_ops",
 ]
 
@@ -135,6 +136,11 @@ def register(
         versions = _REGISTRY.setdefault((domain, name), {})
         assert since not in versions, (domain, name, since)
         versions[since] = Operator(function, since, last, only or {}, known, scoped, refuses)
+
+
+def replaced(function: Callable[..., Any]) -> Operator:
+    """An operator of nobody's, for a single node."""
+    return Operator(function, 1, NEWEST_OPSET, {}, None, False, lambda _: "")
 
 
 def op(*names: str, **options: Any) -> Callable[[_F], _F]:

@@ -1,23 +1,34 @@
 """Learning by gradient what a weight is rounded to; needs the extra `torch`."""
 
-from qcompiler.tuning.distillation import Head, Stage, distill
+from qcompiler.tuning.directions import Adam, Momentum, Pace
+from qcompiler.tuning.distillation import Head, Stage, distill, time_of_step
 from qcompiler.tuning.fisher import fisher_information
 from qcompiler.tuning.learned_vector import LearnedVector
-from qcompiler.tuning.learned_weight import LearnedWeight, Pace, Start
-from qcompiler.tuning.rounding import Example, Outcome, Settings, fast_bfloat16, parted, tune_block
+from qcompiler.tuning.learned_weight import LearnedWeight, Start
+from qcompiler.tuning.lessons import Lessons, row_batches, split_rows
+from qcompiler.tuning.losses import LOSSES, Example
+from qcompiler.tuning.rounding import Outcome, Settings, fast_bfloat16, parted, tune_block
 from qcompiler.tuning.sites import outcome_arrays, outcome_of, put_back, start_of, tuning_problem
+from qcompiler.tuning.student import METHODS, Method, Student, put_back_all
 from qcompiler.tuning.whole import learn_whole, put_back_vectors, whole_problem
 
 __all__ = [
+    "LOSSES",
+    "METHODS",
+    "Adam",
     "Example",
     "Head",
     "LearnedVector",
     "LearnedWeight",
+    "Lessons",
+    "Method",
+    "Momentum",
     "Outcome",
     "Pace",
     "Settings",
     "Stage",
     "Start",
+    "Student",
     "distill",
     "fast_bfloat16",
     "fisher_information",
@@ -26,8 +37,12 @@ __all__ = [
     "outcome_of",
     "parted",
     "put_back",
+    "put_back_all",
     "put_back_vectors",
+    "row_batches",
+    "split_rows",
     "start_of",
+    "time_of_step",
     "tune_block",
     "tuning_problem",
     "whole_problem",

@@ -6,8 +6,10 @@ and its weights are moved at once. So memory holds the latents of all weights, b
 """
 
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -15,16 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from qcompiler.checkpoints import Arrays, Periodic
 from qcompiler.torch_graph import TorchGraph
 from qcompiler.torch_graph.dtypes import from_numpy
-from qcompiler.tuning.learned_vector import LearnedVector
-from qcompiler.tuning.learned_weight import LearnedWeight, Pace
-from qcompiler.tuning.rounding import Example, Settings, products, shuffled, token_rows, torch_threads
+from qcompiler.tuning.directions import Pace
+from qcompiler.tuning.learned import Learned
+from qcompiler.tuning.learned_weight import LearnedWeight
+from qcompiler.tuning.losses import LOSSES, Example, Loss
+from qcompiler.tuning.rounding import Settings, products, shuffled, torch_threads
 
-__all__ = ["Head", "Stage", "distill"]
+__all__ = ["Head", "Stage", "distill", "time_of_step"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +46,7 @@ class Stage:
 
     graph: TorchGraph
     carried: Sequence[str]
-    weights: Sequence[LearnedWeight | LearnedVector]
+    weights: Sequence[LearnedWeight | Learned]
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,12 @@ class Head:
     Attributes:
         graph: Its nodes; its outputs are logits ``[..., V]``.
         originals: Weights that are quantized, as they were.
+        loss: What its outputs are judged by.
     """
 
     graph: TorchGraph
     originals: Mapping[str, Tensor]
+    loss: Loss = LOSSES["kl"]
 
 
 def distill(
@@ -65,74 +70,168 @@ def distill(
     examples: Sequence[Example],
     held_out: Sequence[Example],
     settings: Settings,
-    tick: Callable[[int, int], None] | None = None,
+    tick: Callable[[int, int, float], None] | None = None,
     stored: Periodic | None = None,
 ) -> tuple[float, float]:
-    """Learn the weights of all stages, one batch a step.
+    """Learn the weights of all stages, `settings.batch` examples a step.
 
     Args:
         stages: In order.
         head: What comes after them.
         examples: To learn from: what the first stage reads, and what the head reads in the float model.
         held_out: To judge by.
-        settings: How; `batch` is not used.
-        tick: Called with (steps done, steps).
+        settings: How.
+        tick: Called with (steps done, steps, loss of the last one).
         stored: Where the state of the descent is stored now and then, and taken up.
 
     Returns:
-        The divergence on the held-out batches before and after; the weights hold what was learned.
+        The loss on the held-out examples before and after; the weights hold what was learned.
     """
     with torch_threads(settings.threads):
-        done, before = (_restored(stages, stored) if stored is not None else None) or (0, _mean(stages, head, held_out))
-        order = islice(shuffled(len(examples), settings.seed), done, None)
+        best = _Best()
+        resumed = _restored(stages, stored, best) if stored is not None else None
+        done, before = resumed or (0, _mean(stages, head, held_out))
+        order = islice(shuffled(len(examples), settings.seed), done * settings.batch, None)
         for step in range(done, settings.steps):
-            _descend(stages, head, examples[next(order)], settings, settings.pace(step))
+            batch = [examples[index] for index in islice(order, settings.batch)]
+            loss = _descend(stages, head, batch, settings, settings.pace(step))
             if tick is not None:
-                tick(step + 1, settings.steps)
+                tick(step + 1, settings.steps, loss)
+            if settings.check and ((step + 1) % settings.check == 0 or step + 1 == settings.steps):
+                best.look(stages, _mean(stages, head, held_out))
+                if settings.patience and best.misses >= settings.patience:
+                    logger.info("no better result in %d looks: descent stops after step %d", best.misses, step + 1)
+                    break
             if stored is not None:
-                stored.offer(partial(_state, stages, step + 1, before))
-        return before, _mean(stages, head, held_out)
+                stored.offer(partial(_state, stages, step + 1, before, best))
+        return before, best.put_back(stages) if settings.check else _mean(stages, head, held_out)
 
 
-def _state(stages: Sequence[Stage], done: int, before: float) -> Arrays:
-    """Everything that the descent goes on from: the steps done, the first divergence, and what each weight has."""
+def time_of_step(stages: Sequence[Stage], head: Head, examples: Sequence[Example], settings: Settings) -> float:
+    """Seconds that a step takes: the second of two on the first examples, none of which moves anything."""
+    seconds = 0.0
+    with torch_threads(settings.threads):
+        for _ in range(2):
+            began = time.monotonic()
+            opened = [{weight.name: weight.open() for weight in stage.weights} for stage in stages]
+            for at in range(settings.batch):
+                _slopes(stages, head, examples[at % len(examples)], settings, opened, 1 / settings.batch, None)
+            standing = replace(settings.pace(0), rate=0.0, scale_rate=0.0, decay=0.0)
+            for weight in _weights(stages):
+                before = weight.state()
+                kept = {name: array.copy() for name, array in before.items()}
+                weight.step(standing)
+                weight.restore(kept)
+            seconds = time.monotonic() - began
+    return seconds
+
+
+@dataclass
+class _Best:
+    """The best result that was seen: its loss, the parameters, and how many looks ago it was."""
+
+    loss: float = math.inf
+    misses: int = 0
+    kept: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    def look(self, stages: Sequence[Stage], loss: float) -> None:
+        """Keep the weights as they are if the loss is the lowest."""
+        self.misses += 1
+        if loss < self.loss:
+            self.loss, self.misses = loss, 0
+            self.kept = [{n: array.copy() for n, array in each.state().items()} for each in _weights(stages)]
+
+    def put_back(self, stages: Sequence[Stage]) -> float:
+        """Give the weights what was kept; returns its loss."""
+        for weight, state in zip(_weights(stages), self.kept, strict=True):
+            weight.restore(state)
+        return self.loss
+
+
+def _weights(stages: Sequence[Stage]) -> list[Any]:
+    return [weight for stage in stages for weight in stage.weights]
+
+
+def _state(stages: Sequence[Stage], done: int, before: float, best: _Best) -> Arrays:
+    """All that the descent goes on from: steps done, the first loss, what each weight has, and the best so far."""
     found = {"done": np.array(done), "before": np.array(before)}
-    for at, weight in enumerate(weight for stage in stages for weight in stage.weights):
-        found.update({f"{at}.{name}": array for name, array in weight.state().items()})
+    found.update({"best": np.array(best.loss), "misses": np.array(best.misses)})
+    found.update({f"{at}.{n}": a for at, each in enumerate(_weights(stages)) for n, a in each.state().items()})
+    found.update({f"best {at}.{n}": a for at, state in enumerate(best.kept) for n, a in state.items()})
     return found
 
 
-def _restored(stages: Sequence[Stage], stored: Periodic) -> tuple[int, float] | None:
-    """Give each weight what was stored; the steps done and the first divergence, or None if nothing was."""
+def _restored(stages: Sequence[Stage], stored: Periodic, best: _Best) -> tuple[int, float] | None:
+    """Give each weight what was stored; the steps done and the first loss, or None if nothing was."""
     found = stored.load()
     if found is None:
         return None
-    for at, weight in enumerate(weight for stage in stages for weight in stage.weights):
-        weight.restore({name: found[f"{at}.{name}"] for name in weight.state()})
-    logger.info("distillation goes on behind step %d", found["done"])
+    seen = np.isfinite(found["best"])
+    for at, weight in enumerate(_weights(stages)):
+        names = list(weight.state())
+        if seen:
+            best.kept.append({name: found[f"best {at}.{name}"] for name in names})
+        weight.restore({name: found[f"{at}.{name}"] for name in names})
+    best.loss, best.misses = float(found["best"]), int(found["misses"])
+    logger.info("descent goes on behind step %d", found["done"])
     return int(found["done"]), float(found["before"])
 
 
-def _descend(stages: Sequence[Stage], head: Head, example: Example, settings: Settings, pace: Pace) -> None:
-    """One step of all weights."""
-    slopes: _Values = {}
+def _descend(stages: Sequence[Stage], head: Head, batch: Sequence[Example], settings: Settings, pace: Pace) -> float:
+    """One step of all weights; returns the mean loss."""
     opened = [{weight.name: weight.open() for weight in stage.weights} for stage in stages]
+    total = 0.0
+    for at, example in enumerate(batch):
+        last = at == len(batch) - 1
+        total += _slopes(stages, head, example, settings, opened, 1 / len(batch), pace if last else None)
+    return total
+
+
+def _slopes(
+    stages: Sequence[Stage],
+    head: Head,
+    example: Example,
+    settings: Settings,
+    opened: list[_Values],
+    share: float,
+    pace: Pace | None,
+) -> float:
+    """Gather the gradients of a share of an example's loss; with a pace every stage steps as soon as it has its own.
+
+    A model in one stage is run once: what it remembers is as much as running it again would need.
+    """
+    slopes: _Values = {}
+    single = len(stages) == 1
     with products(settings):
-        boundaries, last = _forward(stages, opened, example)
-        leaves = _leaves(last, head.graph)
-        loss = _divergence(head, leaves, example)
+        boundaries, last = _forward([] if single else stages, opened, example)
+        if single:
+            results = stages[0].graph.run({name: last[name] for name in stages[0].graph.inputs}, opened[0])
+            last = {**{name: last[name] for name in stages[0].carried}, **results}
+        leaves = {name: last[name] for name in head.graph.inputs} if single else _leaves(last, head.graph)
+        loss = _loss(head, leaves, example) * share
     loss.backward()
-    _gather(slopes, leaves)
-    for stage in reversed(stages):
-        leaves = _leaves(boundaries.pop(), stage.graph)
-        with products(settings):
-            results = stage.graph.run(leaves, opened.pop())
-        wanted = [name for name in stage.graph.outputs if name in slopes and results[name].requires_grad]
-        if wanted:
-            torch.autograd.backward([results[name] for name in wanted], [slopes.pop(name) for name in wanted])
+    if not single:
         _gather(slopes, leaves)
-        for weight in stage.weights:
-            weight.step(pace)
+    for stage in reversed(stages):
+        values = opened.pop() if pace is not None else opened[len(boundaries) - 1]
+        if not single:
+            _pass_back(stage, boundaries.pop(), values, slopes, settings)
+        del values
+        if pace is not None:
+            for weight in stage.weights:
+                weight.step(pace)
+    return float(loss.detach())
+
+
+def _pass_back(stage: Stage, boundary: _Values, values: _Values, slopes: _Values, settings: Settings) -> None:
+    """Run a stage again, and make slopes of what it reads out of those of what it computes."""
+    leaves = _leaves(boundary, stage.graph)
+    with products(settings):
+        results = stage.graph.run(leaves, values)
+    wanted = [name for name in stage.graph.outputs if name in slopes and results[name].requires_grad]
+    if wanted:
+        torch.autograd.backward([results[name] for name in wanted], [slopes.pop(name) for name in wanted])
+    _gather(slopes, leaves)
 
 
 def _forward(stages: Sequence[Stage], opened: Sequence[_Values], example: Example) -> tuple[list[_Values], _Values]:
@@ -140,7 +239,7 @@ def _forward(stages: Sequence[Stage], opened: Sequence[_Values], example: Exampl
     boundary = {name: from_numpy(array) for name, array in example.feeds.items()}
     boundaries = []
     with torch.no_grad():
-        for stage, weights in zip(stages, opened, strict=True):
+        for stage, weights in zip(stages, opened, strict=False):
             boundaries.append(boundary)
             results = stage.graph.run({name: boundary[name] for name in stage.graph.inputs}, weights)
             boundary = {**{name: boundary[name] for name in stage.carried}, **results}
@@ -160,47 +259,19 @@ def _gather(slopes: _Values, leaves: _Values) -> None:
             slopes[name] = slopes[name] + leaf.grad if name in slopes else leaf.grad
 
 
-def _divergence(head: Head, reads: _Values, example: Example) -> Tensor:
-    """KL(float || quantized), the mean over tokens."""
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        exact = {name: from_numpy(example.targets[name]) for name in head.graph.inputs}
-        wanted = head.graph.run(exact, head.originals)
-        goals = {name: functional.log_softmax(_rows(logits, example), -1) for name, logits in wanted.items()}
-        del wanted
-    losses = []
-    for name, logits in head.graph.run(reads).items():
-        losses.append(_KlDivergence.apply(_rows(logits, example), goals.pop(name)))
-    return torch.stack(losses).sum()
+def _loss(head: Head, reads: _Values, example: Example) -> Tensor:
+    """The loss of what the head makes of its reads."""
 
+    def wanted() -> _Values:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            exact = {name: from_numpy(example.targets[name]) for name in head.graph.inputs}
+            return head.graph.run(exact, head.originals)
 
-def _rows(logits: Tensor, example: Example) -> Tensor:
-    """[T, V] float32, padding left out."""
-    return token_rows(logits, example.mask).reshape(-1, logits.shape[-1]).float()
-
-
-class _KlDivergence(torch.autograd.Function):  # type: ignore[misc]
-    """KL(p || q) for logits of q and logarithms of p, ``[T, V]``; its slope is (q - p) / T.
-
-    What PyTorch would remember to differentiate it is several times the size of the logits.
-    """
-
-    @staticmethod
-    def forward(context: Any, logits: Tensor, goals: Tensor) -> Tensor:
-        """The mean over tokens; writes over `goals`."""
-        found, wanted = functional.log_softmax(logits, -1), goals.exp()
-        loss = torch.dot(wanted.flatten(), goals.sub_(found).flatten()) / len(goals)
-        if context.needs_input_grad[0]:
-            context.save_for_backward(found.exp_().sub_(wanted).div_(len(goals)))
-        return loss
-
-    @staticmethod
-    def backward(context: Any, slope: Tensor) -> tuple[Tensor, None]:
-        """The slope of the logits."""
-        return context.saved_tensors[0] * slope, None
+    return head.loss.function(lambda: head.graph.run(reads), wanted, example)
 
 
 def _mean(stages: Sequence[Stage], head: Head, examples: Sequence[Example]) -> float:
     with torch.no_grad():
         values = [{weight.name: weight.value() for weight in stage.weights} for stage in stages]
-        found = [float(_divergence(head, _forward(stages, values, example)[1], example)) for example in examples]
+        found = [float(_loss(head, _forward(stages, values, example)[1], example)) for example in examples]
     return sum(found) / max(1, len(found))

@@ -3,14 +3,15 @@
 Li et al. 2023, "Norm Tweaking", arXiv:2309.02784, learn the gains of normalizations alone. It costs no bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from qcompiler.tuning.learned_weight import Adam, Pace
+from qcompiler.tuning.directions import Adam, Direction
+from qcompiler.tuning.learned import Learned, Parameter
 
 __all__ = ["LearnedVector", "learnable_vectors"]
 
@@ -18,45 +19,24 @@ _READERS = {"Add", "LayerNormalization", "Mul", "RMSNormalization", "SimplifiedL
 _READERS |= {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Sum"}
 
 
-class LearnedVector:
-    """A float32 vector ``[K]`` that moves by fractions of its root mean square; used like a `LearnedWeight`."""
+class LearnedVector(Learned):
+    """A float32 vector ``[K]`` that moves by fractions of its root mean square."""
 
-    def __init__(self, name: str, values: np.ndarray) -> None:
+    def __init__(self, name: str, values: np.ndarray, direction: Callable[[], Direction] = Adam) -> None:
         """Begin at `values`."""
-        self.name = name
-        self._values = torch.from_numpy(values.astype(np.float32))
-        self._unit = float(self._values.square().mean().sqrt())
-        self._direction = Adam()
-        self._tensor: Tensor | None = None
+        tensor = torch.from_numpy(np.array(values, np.float32))
+        unit = float(tensor.square().mean().sqrt()) or 1.0
+        super().__init__(name, {"values": Parameter(tensor, unit, scale=True)}, direction)
 
     @property
     def values(self) -> np.ndarray:
         """float32 ``[K]``."""
-        return np.asarray(self._values.numpy())
+        return np.asarray(self.parameters["values"].tensor.numpy())
 
-    def value(self) -> Tensor:
+    def form(self, parameters: Mapping[str, Tensor], *, training: bool) -> Tensor:
         """What stands in the place of the vector in the graph."""
-        return self._values
-
-    def open(self) -> Tensor:
-        """The same, to gather gradients until `step`."""
-        self._tensor = self._values.clone().requires_grad_()
-        return self._tensor
-
-    def step(self, pace: Pace) -> None:
-        """Move against the gradient, as far as scales do."""
-        tensor, self._tensor = self._tensor, None
-        if tensor is not None and tensor.grad is not None:
-            self._values.sub_(self._direction(tensor.grad, pace.momentum), alpha=pace.scale_rate * self._unit)
-
-    def state(self) -> dict[str, np.ndarray]:
-        """All that `step` has changed, in the memory that it changes."""
-        return {"values": self._values.numpy(), **self._direction.state()}
-
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from what `state` gave."""
-        self._values.copy_(torch.from_numpy(np.array(state["values"])))
-        self._direction.restore({name: array for name, array in state.items() if name != "values"})
+        del training
+        return parameters["values"]
 
 
 def learnable_vectors(nodes: Sequence[ir.Node]) -> dict[str, np.ndarray]:

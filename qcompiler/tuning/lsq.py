@@ -36,14 +36,14 @@ def positive(step: Tensor) -> Tensor:
     return passing(torch.clamp(step, min=_SMALLEST), step)
 
 
-def learned_step(x: Tensor, step: Tensor, low: int, high: int, factor: float = 1.0) -> Tensor:
+def learned_step(x: Tensor, step: Tensor, low: int | Tensor, high: int | Tensor, factor: float = 1.0) -> Tensor:
     """The values that codes between `low` and `high` stand for.
 
     Args:
         x: Any shape.
         step: Positive, broadcast to x.
-        low: -Qn.
-        high: Qp.
+        low: -Qn; a tensor is broadcast to x.
+        high: Qp, of the same kind.
         factor: g.
     """
     slow = passing(step, step, factor)

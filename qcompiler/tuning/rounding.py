@@ -19,6 +19,7 @@ those of `numerics` at every step: what is trained is what will be stored.
 Shapes: weights, latents and codes ``[N, K]``; scales and factors ``[N, G]``.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,17 +31,17 @@ from torch import Tensor
 from qcompiler.numerics.affine import Grid
 from qcompiler.torch_graph import TorchGraph
 from qcompiler.torch_graph.dtypes import from_numpy
-from qcompiler.tuning.learned_weight import LearnedWeight, Pace, Start
+from qcompiler.tuning.directions import Pace
+from qcompiler.tuning.learned_weight import LearnedWeight, Start
+from qcompiler.tuning.losses import LOSSES, Example
 
 __all__ = [
-    "Example",
     "Outcome",
     "Settings",
     "fast_bfloat16",
     "parted",
     "products",
     "shuffled",
-    "token_rows",
     "torch_threads",
     "tune_block",
 ]
@@ -53,12 +54,17 @@ class Settings:
     Attributes:
         steps: Steps of descent.
         batch: Batches of calibration data in a step.
-        rate: First step of the latents, in codes; falls linearly to zero.
+        rate: First step of the latents, in codes.
         scale_rate: First step of the scales, as a fraction of each.
         momentum: Share of the direction that is kept from step to step.
         seed: Of the order of batches.
         threads: Threads of PyTorch.
         bfloat16: Whether the products of descent are computed in bfloat16; what is judged is computed in float32.
+        schedule: How rates fall: linear or cosine, to zero, or constant.
+        decay: Share of a latent that the first step takes off.
+        units: Whether rates are distances (see `directions.Pace`).
+        check: Steps between looks at the held-out loss, after which the best result is kept; 0: only at the end.
+        patience: Looks without a better result after which descent stops; 0: none.
     """
 
     steps: int = 100
@@ -69,6 +75,11 @@ class Settings:
     seed: int = 0
     threads: int = 1
     bfloat16: bool = False
+    schedule: str = "linear"
+    decay: float = 0.0
+    units: bool = True
+    check: int = 0
+    patience: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,17 +88,9 @@ class Settings:
 
     def pace(self, step: int) -> Pace:
         """How far a step goes, 0 being the first."""
-        share = 1 - step / self.steps
-        return Pace(self.rate * share, self.scale_rate * share, self.momentum)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One batch: what the block reads, what it should compute, and which rows of that are tokens (None: all)."""
-
-    feeds: Mapping[str, np.ndarray]
-    targets: Mapping[str, np.ndarray]
-    mask: np.ndarray | None = None
+        done = step / self.steps
+        share = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[self.schedule]
+        return Pace(self.rate * share, self.scale_rate * share, self.momentum, self.decay * share, self.units)
 
 
 @dataclass(frozen=True)
@@ -192,24 +195,5 @@ def _error(graph: TorchGraph, weights: Sequence[LearnedWeight], examples: Sequen
 def _loss(graph: TorchGraph, values: Mapping[str, Tensor], example: Example) -> Tensor:
     """Mean over tokens of the squared error of the outputs relative to the squared target."""
     feeds = {name: from_numpy(example.feeds[name]) for name in graph.inputs}
-    results = graph.run(feeds, values)
-    losses = []
-    for name, wanted in example.targets.items():
-        target = from_numpy(wanted)
-        if not target.is_floating_point():
-            continue
-        rows, goals = (token_rows(each.float(), example.mask) for each in (results[name], target))
-        energy = goals.square().mean(-1)
-        # A token whose target is nearly zero counts no more than ten times what one in the middle counts.
-        losses.append(((rows - goals).square().mean(-1) / (energy + 0.1 * energy.median() + 1e-30)).mean())
-    return torch.stack(losses).sum()
-
-
-def token_rows(values: Tensor, mask: np.ndarray | None) -> Tensor:
-    """[B, S, ..., K] or [B * S, K] without padding; anything else as it is."""
-    if mask is None:
-        return values
-    keep = torch.from_numpy(mask)
-    if values.ndim > 2 and values.shape[:2] == keep.shape:
-        return values[keep]
-    return values[keep.reshape(-1)] if values.ndim == 2 and len(values) == keep.numel() else values
+    targets = {name: from_numpy(wanted) for name, wanted in example.targets.items()}
+    return LOSSES["mse"].function(lambda: graph.run(feeds, values), lambda: targets, example)

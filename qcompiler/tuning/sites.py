@@ -19,8 +19,8 @@ __all__ = ["outcome_arrays", "outcome_of", "put_back", "start_of", "tuning_probl
 _WIDEST = 8
 
 
-def tuning_problem(site: Site) -> str:
-    """Why a site cannot be tuned, or nothing."""
+def tuning_problem(site: Site, *, whole: bool = False) -> str:
+    """Why a site cannot be tuned, by itself or with the whole model, or nothing."""
     if site.nested:
         return f"inside the body of {site.nested}"
     if site.role == "embedding":
@@ -35,6 +35,8 @@ def tuning_problem(site: Site) -> str:
         return "its codes name entries of tables"
     if site.dtype != ir.DataType.FLOAT:
         return f"its weight is {site.dtype.name}, and descent is done in FLOAT"
+    if whole:
+        return "it projects onto the vocabulary" if site.role == "lm_head" else ""
     if site.rows > _WIDEST * site.columns:
         return f"its output is more than {_WIDEST} times as wide as its input"
     return ""

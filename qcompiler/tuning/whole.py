@@ -14,7 +14,8 @@ from qcompiler.torch_graph.dtypes import to_torch
 from qcompiler.tuning.distillation import Head, Stage, distill
 from qcompiler.tuning.learned_vector import LearnedVector, learnable_vectors
 from qcompiler.tuning.learned_weight import LearnedWeight
-from qcompiler.tuning.rounding import Example, Outcome, Settings
+from qcompiler.tuning.losses import Example
+from qcompiler.tuning.rounding import Outcome, Settings
 from qcompiler.tuning.sites import outcome_arrays, start_of
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def learn_whole(
     settings: Settings,
     *,
     vectors: bool,
-    tick: Callable[[int, int], None],
+    tick: Callable[[int, int, float], None],
     stored: Periodic | None,
 ) -> Arrays:
     """Learn the weights of all blocks but the last, which is the head.
@@ -53,7 +54,7 @@ def learn_whole(
         examples: To learn from, and to judge by; see `distill`.
         settings: How.
         vectors: Whether gains and biases are learned as well.
-        tick: Called with (steps done, steps).
+        tick: Called with (steps done, steps, loss).
         stored: See `distill`.
 
     Returns:

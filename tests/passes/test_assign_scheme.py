@@ -6,7 +6,8 @@ import pytest
 
 from qcompiler.errors import SchemeError
 from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, read_weight
-from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan
 from qcompiler.sites import find_sites
 from tests.builders import (
     apply,

@@ -6,7 +6,8 @@ import pytest
 from qcompiler.errors import PassError
 from qcompiler.files.saver import save_model
 from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from tests.builders import apply, context, linear_model, normal, parse, quantized, run, text_of
 
 W = normal((8, 8), 0)

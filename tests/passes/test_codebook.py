@@ -6,7 +6,8 @@ import pytest
 
 from qcompiler.driver import compile_model
 from qcompiler.kernels.schemas import DOMAIN
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from qcompiler.session import OrtRunner
 from qcompiler.sites import find_sites
 from tests.builders import (

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from qcompiler.driver import compile_model
-from qcompiler.scheme import SchemePlan
+from qcompiler.scheme_plan import SchemePlan
 from tests.builders import (
     apply,
     context,

@@ -11,11 +11,12 @@ import pytest
 from qcompiler.errors import KernelError, PassError
 from qcompiler.files.saver import save_model
 from qcompiler.graph import PASS_KEY
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from qcompiler.session import OrtRunner
 from qcompiler.sites import find_sites
 from tests.builders import apply, context, linear_model, normal, only, parse, quantized, run, serialized, text_of
-from tests.integer_models import ROWS, TOKENS, WEIGHTS, batches, check, graph, integers
+from tests.integer_models import REACH, ROWS, TOKENS, WEIGHTS, batches, check, graph, integers
 
 SYMMETRY = pytest.mark.parametrize("form", ["sym", "asym"])
 
@@ -484,7 +485,7 @@ def test_convolutions_have_a_scale_for_each_output_channel(attributes, shape, sc
     largest = np.abs(weight).reshape(N, -1).max(1)
     if scheme == "w8a8-head4":
         largest = np.repeat(largest.reshape(-1, 4).max(1), 4)
-    np.testing.assert_allclose(constant(model, "w0_scales"), largest / 127, rtol=1e-6)
+    np.testing.assert_allclose(constant(model, "w0_scales"), largest / REACH, rtol=1e-6)
     codes = constant(model, "w0_codes")
     assert (codes.dtype, codes.shape) == (np.int8, shape)
     np.testing.assert_array_equal(codes, np.rint(weight / constant(model, "w0_scales")[:, None, None, None]))

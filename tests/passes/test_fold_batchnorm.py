@@ -6,7 +6,8 @@ import pytest
 
 from qcompiler.graph import PASS_KEY
 from qcompiler.passes import load
-from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan
 from tests.builders import apply, context, normal, only, parse, run, text_of
 
 

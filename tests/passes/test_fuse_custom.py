@@ -14,7 +14,8 @@ from qcompiler.files.loader import load_model
 from qcompiler.kernels import library as libraries
 from qcompiler.kernels.schemas import DOMAIN, OPERATORS
 from qcompiler.passes import load
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from qcompiler.session import OrtRunner
 from qcompiler.sites import find_sites
 from tests.builders import (

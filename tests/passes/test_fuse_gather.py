@@ -5,7 +5,8 @@ import pytest
 
 from qcompiler.graph import PASS_KEY
 from qcompiler.passes import load
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from tests.builders import apply, context, normal, only, parse, quantized, run, text_of, the_site
 
 INDICES = {"i": np.array([[0, 3, 511], [-1, 17, 3]])}

@@ -10,7 +10,8 @@ from qcompiler.graph import read_weight
 from qcompiler.numerics.affine import WeightSpec, clip_grid, dequantize, min_max_grid, quantize
 from qcompiler.numerics.second_order import damped, shift, supported_share, sweep, upper_factor
 from qcompiler.passes import load
-from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan
 from qcompiler.statistics import LayerFacts
 from tests.builders import (
     apply,

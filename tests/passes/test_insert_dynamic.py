@@ -7,15 +7,15 @@ import pytest
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.sites import find_sites
 from tests.builders import apply, context, normal, only, parse, quantized, run, text_of
-from tests.integer_models import ROWS, TOKENS, WEIGHTS, check, executed, graph, integers
+from tests.integer_models import REACH, ROWS, TOKENS, WEIGHTS, check, executed, graph, integers
 
 SCHEMES = ["w8a8-dynamic-token", "w8a8-dynamic-tensor"]
 BOTH = pytest.mark.parametrize("scheme", SCHEMES)
 
 
 def decoded(weight):
-    """A weight [K, N] rounded to one scale a column and 127 codes each way."""
-    scale = np.abs(weight).max(0) / 127
+    """A weight [K, N] rounded to one scale a column and as many codes each way as weights have."""
+    scale = np.abs(weight).max(0) / REACH
     return (np.rint(weight / scale) * scale).astype(np.float32)
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from qcompiler.errors import CalibrationError, PassError, SchemeError
 from qcompiler.passes import load
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from qcompiler.sites import find_sites
 from tests.builders import (
     Ticks,

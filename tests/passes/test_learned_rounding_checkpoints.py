@@ -8,7 +8,8 @@ import pytest
 from qcompiler import blocks, waypoints
 from qcompiler.checkpoints import Checkpoints
 from qcompiler.passes import learned_rounding
-from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan
 from tests.builders import apply, context, decoder, normal, quantized, serialized, token_batches
 
 pytestmark = pytest.mark.torch

@@ -13,7 +13,8 @@ from qcompiler.graph import constant_array, original_weight, read_weight, weight
 from qcompiler.passes import load
 from qcompiler.planning import plan_model
 from qcompiler.propagation import propagate
-from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan
 from qcompiler.sites import find_sites
 from tests.builders import (
     apply,

@@ -10,7 +10,8 @@ from qcompiler.numerics.affine import Grid, WeightSpec, clip_grid, dequantize, m
 from qcompiler.numerics.greedy import greedy_sweep
 from qcompiler.numerics.second_order import damped
 from qcompiler.passes import load
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from qcompiler.statistics import LayerFacts
 from tests.builders import (
     apply,

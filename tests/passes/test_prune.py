@@ -12,7 +12,8 @@ from qcompiler.graph import SCHEME_KEY, SPARSE_KEY, read_weight
 from qcompiler.numerics.affine import WeightSpec, dequantize, min_max_grid
 from qcompiler.numerics.second_order import damped, descend, row_losses, sweep, upper_factor
 from qcompiler.passes import load
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from qcompiler.sites import find_sites
 from tests.builders import (
     apply,

@@ -8,7 +8,8 @@ import pytest
 from qcompiler.errors import PassError, SchemeError
 from qcompiler.files.loader import load_model
 from qcompiler.files.saver import save_model
-from qcompiler.scheme import Pattern, Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import Pattern, SchemePlan
 from tests.builders import apply, context, linear_model, normal, parse, quantized, run, text_of, value_names
 from tests.stored_models import externalize
 

@@ -6,7 +6,8 @@ import pytest
 from qcompiler.config import CompileConfig
 from qcompiler.graph import PASS_KEY
 from qcompiler.passes import load
-from qcompiler.scheme import Scheme, SchemePlan
+from qcompiler.scheme import Scheme
+from qcompiler.scheme_plan import SchemePlan
 from qcompiler.session import OrtRunner
 from tests.builders import apply, context, decoder, normal, parse, run, serialized, text_of, token_batches
 

@@ -90,32 +90,36 @@ def test_lsq_gradients_are_those_of_the_paper():
 
 
 def test_pact():
-    x, weights, alpha = tensor(150, 5, 2.0), tensor(150, 6), torch.tensor(1.1, dtype=torch.float64)
-    y = pact.clipped(x, alpha, 3)
-    codes = y / alpha * 7
-    torch.testing.assert_close(codes, torch.round(codes))
+    """The gradients of the paper, for a step of alpha / 7."""
+    x, weights, step = tensor(150, 5, 2.0), tensor(150, 6), torch.tensor(1.1 / 7, dtype=torch.float64)
+    y = pact.clipped(x, step, 0, 7)
+    torch.testing.assert_close(y / step, torch.round(y / step))
     assert float(y.min()) == 0
     assert float(y.max()) == pytest.approx(1.1)
 
-    def surrogate(values, level):
-        return (torch.minimum(torch.relu(values), level) * weights).sum()
+    def surrogate(values, s):
+        return (torch.minimum(torch.relu(values), 7 * s) * weights).sum()
 
-    found = gradient(lambda v: (pact.clipped(v, alpha, 3) * weights).sum(), x)
-    torch.testing.assert_close(found, differences(lambda v: surrogate(v, alpha), x), rtol=1e-6, atol=1e-6)
-    of_alpha = gradient(lambda level: (pact.clipped(x, level, 3) * weights).sum(), alpha)
-    torch.testing.assert_close(of_alpha, differences(lambda level: surrogate(x, level), alpha), rtol=1e-6, atol=1e-6)
-    assert float(of_alpha) == pytest.approx(float(weights[x >= alpha].sum()))
+    found = gradient(lambda v: (pact.clipped(v, step, 0, 7) * weights).sum(), x)
+    torch.testing.assert_close(found, differences(lambda v: surrogate(v, step), x), rtol=1e-6, atol=1e-6)
+    of_step = gradient(lambda s: (pact.clipped(x, s, 0, 7) * weights).sum(), step)
+    torch.testing.assert_close(of_step, differences(lambda s: surrogate(x, s), step), rtol=1e-6, atol=1e-6)
+    assert float(of_step) == pytest.approx(7 * float(weights[x >= 1.1].sum()))
 
 
-def test_dorefa_weights():
-    weight, weights = tensor(80, 7), tensor(80, 8)
-    found = pact.dorefa_weight(weight, 2)
-    assert set(np.round(3 * (found.numpy() + 1) / 2, 9)) <= {0.0, 1.0, 2.0, 3.0}
-    unit = torch.tanh(weight).abs().max()
-    expected = differences(lambda v: (torch.tanh(v) / unit * weights).sum(), weight)
-    torch.testing.assert_close(
-        gradient(lambda v: (pact.dorefa_weight(v, 2) * weights).sum(), weight), expected, rtol=1e-5, atol=1e-6
-    )
+def test_pact_with_a_zero_point_moves_both_ends():
+    x, weights, step = tensor(150, 7, 2.0), tensor(150, 8), torch.tensor(0.3, dtype=torch.float64)
+
+    def surrogate(values, s):
+        return (torch.maximum(torch.minimum(values, 5 * s), -2 * s) * weights).sum()
+
+    for of, moved in ((0, x), (1, step)):
+
+        def value(v, of=of):
+            return (pact.clipped(*((v, step), (x, v))[of], -2, 5) * weights).sum()
+
+        expected = differences(lambda v, of=of: surrogate(*((v, step), (x, v))[of]), moved)
+        torch.testing.assert_close(gradient(value, moved), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_binaryconnect():

@@ -1,0 +1,140 @@
+"""What each method trains in the place of a quantized weight; the maths is in the files named after the methods."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from qcompiler.tuning import binary, lsq, qat, ternary
+from qcompiler.tuning.learned import Parameter
+from qcompiler.tuning.trained_weight import TrainedWeight
+
+__all__ = ["AbsMean", "BinaryConnect", "DrawnBinaryConnect", "LearnedStep", "StraightThrough", "Ternary", "Xnor"]
+
+# No step becomes smaller than this share of where it began.
+_SMALLEST = 0.05
+
+
+class StraightThrough(TrainedWeight):
+    """Grids stay as they are; the gradient passes where a weight lies within the range of the codes."""
+
+    def trained(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Fake quantization."""
+        codes, scale = self.quantized(parameters)
+        latent = parameters[self.WEIGHT]
+        place = latent.detach() / scale
+        return qat.passing(codes * scale, latent, (place >= self.low) & (place <= self.high))
+
+    def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The nearest codes."""
+        place = parameters[self.WEIGHT].detach() / self.first
+        return torch.maximum(torch.minimum(place.round(), self.high), self.low), self.first
+
+
+class LearnedStep(TrainedWeight):
+    """LSQ: the step is learned with the weights. It keeps the sign of the scale it begins with."""
+
+    STEP = "step"
+
+    def extra(self, latent: Tensor) -> dict[str, Parameter]:
+        """The step begins where the quantized weight has it."""
+        del latent
+        step = self.first.abs()
+        return {self.STEP: Parameter(step, step.clone(), scale=True)}
+
+    def trained(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Fake quantization with gradients of both."""
+        sign, step = torch.sign(self.first), parameters[self.STEP]
+        kept = qat.passing(self.stored(step * sign) * sign, step)
+        count, high = self.start.spec.group_size, max(int(self.start.spec.format.qmax // 2), 1)
+        factor = lsq.gradient_scale(count, high)
+        return lsq.learned_step(parameters[self.WEIGHT] * sign, kept, self.low, self.high, factor) * sign
+
+    def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The nearest codes on the grid as it is stored."""
+        scale = self.stored(parameters[self.STEP].detach() * torch.sign(self.first))
+        place = parameters[self.WEIGHT].detach() / scale
+        return torch.maximum(torch.minimum(place, self.high), self.low).round(), scale
+
+    def settle(self) -> None:
+        """Steps stay positive."""
+        step = self.parameters[self.STEP]
+        torch.maximum(step.tensor, step.unit * _SMALLEST, out=step.tensor)
+
+
+class BinaryConnect(TrainedWeight):
+    """Signs times a scale that stays: the mean magnitude of a group. Latents stay within one scale."""
+
+    def extra(self, latent: Tensor) -> dict[str, Parameter]:
+        """The scale of signs is the mean magnitude, padding left out."""
+        count = self._layout.grouped(torch.ones(self._layout.rows, self._layout.columns)).sum(-1, keepdim=True)
+        self.first = (latent.abs().sum(-1, keepdim=True) / count).clamp(min=1e-8)
+        return {}
+
+    def trained(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Signs, whose gradient passes unchanged."""
+        return binary.binary_weight(parameters[self.WEIGHT] / self.first, self.drawn()) * self.first
+
+    def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The signs."""
+        return binary.signs_of(parameters[self.WEIGHT]), self.first
+
+    def drawn(self) -> torch.Generator | None:
+        """What draws signs at random in training."""
+        return None
+
+    def settle(self) -> None:
+        """Clip latents."""
+        latent = self.parameters[self.WEIGHT].tensor
+        torch.maximum(torch.minimum(latent, self.first), -self.first, out=latent)
+
+
+class DrawnBinaryConnect(BinaryConnect):
+    """The same with signs that are drawn in training, the likelier the larger the latent."""
+
+    def drawn(self) -> torch.Generator | None:
+        """The generator."""
+        return self.generator
+
+
+class Xnor(BinaryConnect):
+    """Signs times the mean magnitude of the latents as they are."""
+
+    def trained(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Signs times their scale, with the gradient of both."""
+        return binary.xnor_weight(parameters[self.WEIGHT])
+
+    def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The signs, and the mean magnitude."""
+        latent = parameters[self.WEIGHT].detach()
+        return binary.signs_of(latent), latent.abs().mean(-1, keepdim=True)
+
+    def settle(self) -> None:
+        """Latents are free: the gradient ends where they leave [-1, 1]."""
+
+
+class Ternary(TrainedWeight):
+    """TWN: codes and scales follow from the latents at every step; the gradient passes unchanged."""
+
+    def trained(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The ternary weight."""
+        codes, scale = self.quantized(parameters)
+        return qat.passing(codes * scale, parameters[self.WEIGHT])
+
+    def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """By the rule of the paper."""
+        return ternary.twn_ternary(parameters[self.WEIGHT].detach())
+
+
+class AbsMean(TrainedWeight):
+    """BitNet's ternary weights, with a scale for each group."""
+
+    def trained(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The ternary weight."""
+        return ternary.absmean_weight(parameters[self.WEIGHT])
+
+    def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The nearest codes of the mean magnitude."""
+        latent = parameters[self.WEIGHT].detach()
+        scale = latent.abs().mean(-1, keepdim=True).clamp(min=1e-8)
+        return torch.clamp(torch.round(latent / scale), -1, 1), scale

@@ -1,0 +1,195 @@
+"""A quantized model that learns: its graph in PyTorch with all that a method trains, and the float model in it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from qcompiler.checkpoints import Arrays
+from qcompiler.graph import Site, constant_array
+from qcompiler.numerics.packing import pack_codes, unpack_codes
+from qcompiler.torch_graph import TorchGraph
+from qcompiler.torch_graph.dtypes import from_numpy, to_torch
+from qcompiler.tuning.activations import LearnedScale, Switch, find_quantizers, quantizer_functions
+from qcompiler.tuning.directions import Direction
+from qcompiler.tuning.distillation import Head, Stage
+from qcompiler.tuning.learned import Learned
+from qcompiler.tuning.learned_vector import LearnedVector, learnable_vectors
+from qcompiler.tuning.losses import Loss
+from qcompiler.tuning.method_weights import (
+    AbsMean,
+    BinaryConnect,
+    DrawnBinaryConnect,
+    LearnedStep,
+    StraightThrough,
+    Ternary,
+    Xnor,
+)  # fmt: skip
+from qcompiler.tuning.sites import put_back, start_of
+from qcompiler.tuning.trained_weight import TrainedWeight
+
+if TYPE_CHECKING:
+    from qcompiler.segments import Segment
+
+__all__ = ["METHODS", "Method", "Student"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains.
+
+    Attributes:
+        weights: What stands in the place of a quantized weight; None leaves weights alone.
+        activations: How gradients go through quantized activations (see `activations.quantizer_functions`).
+        scales: Whether scales of activations are learned; those of signs are with all methods but `bitfit`.
+        formats: Codes that a weight has to have: "" (any), "ternary".
+    """
+
+    weights: type[TrainedWeight] | None
+    activations: str = "qat"
+    scales: bool = False
+    formats: str = ""
+
+
+METHODS = {
+    "qat": Method(StraightThrough),
+    "lsq": Method(LearnedStep, "lsq", True),
+    "pact": Method(StraightThrough, "pact", True),
+    "binaryconnect": Method(BinaryConnect, formats="ternary"),
+    "binaryconnect-drawn": Method(DrawnBinaryConnect, formats="ternary"),
+    "bnn": Method(BinaryConnect, "lsq", True, "ternary"),
+    "xnor": Method(Xnor, "lsq", True, "ternary"),
+    "twn": Method(Ternary, formats="ternary"),
+    "absmean": Method(AbsMean, formats="ternary"),
+    "bitfit": Method(None),
+}
+
+
+@dataclass
+class Student:
+    """The model as stages, and everything that is learned of it.
+
+    Attributes:
+        stages: In order.
+        head: What comes after them.
+        weights: What is learned of quantized weights, with their sites.
+        vectors: Float vectors that are learned beside them.
+        scales: Of activations, with the values that hold them.
+    """
+
+    stages: list[Stage]
+    head: Head
+    switch: Switch
+    originals: dict[str, Tensor]
+    weights: list[tuple[Site, TrainedWeight]] = field(default_factory=list)
+    vectors: list[LearnedVector] = field(default_factory=list)
+    scales: list[tuple[ir.Value, LearnedScale]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        model: ir.Model,
+        sites: Sequence[Site],
+        blocks: "Sequence[Segment]",
+        method: Method,
+        loss: Loss,
+        direction: Callable[[], Direction],
+        dtype: torch.dtype,
+        seed: int,
+    ) -> "Student":
+        """Prepare a model.
+
+        Args:
+            model: With quantized weights, and with Q/DQ pairs where activations are quantized.
+            sites: Whose weights are trained, one for each weight.
+            blocks: The stages, the last of which is the head; empty for the whole graph as one stage.
+            method: What is trained of them.
+            loss: What the outputs are judged by.
+            direction: Makes the direction of each parameter.
+            dtype: Of weights in products.
+            seed: Of what is drawn at random.
+        """
+        switch = Switch()
+        quantizers = find_quantizers(model.graph)
+        functions = quantizer_functions(quantizers, method.activations, switch)
+        weights = [] if method.weights is None else [
+            (site, method.weights(start_of(site), direction, dtype, seed + at)) for at, site in enumerate(sites)
+        ]  # fmt: skip
+        scales = {
+            each.scale: LearnedScale(each.scale.name or "", float(constant_array(each.scale)), direction)
+            for each in quantizers
+            if method.scales or (each.signs and method.weights is not None)
+        }
+        opsets = model.opset_imports
+        stages, vectors = [], []
+        parts = [(list(b.nodes), b.outputs, b.carried) for b in blocks[:-1]]
+        if not parts:
+            parts = [(list(model.graph), [value.name or "" for value in model.graph.outputs], [])]
+        by_name: dict[str, Learned] = {each.name: each for _, each in weights}
+        by_name.update((value.name or "", scale) for value, scale in scales.items())
+        taken: set[str] = set()
+        for nodes, outputs, carried in parts:
+            beside = [LearnedVector(name, array, direction) for name, array in learnable_vectors(nodes).items()]
+            reads = dict.fromkeys(value.name for node in nodes for value in node.inputs if value is not None)
+            here = [by_name[name] for name in reads if name in by_name and name not in taken]
+            taken.update(each.name for each in here)
+            vectors += beside
+            stages.append(Stage(TorchGraph(nodes, opsets, outputs, functions=functions), carried, [*here, *beside]))
+        if blocks:
+            end = blocks[-1]
+            head = Head(TorchGraph(end.nodes, opsets, end.outputs, functions=functions), _originals(end.sites), loss)
+        else:
+            head = Head(TorchGraph([], opsets, parts[0][1]), {}, loss)
+        return cls(stages, head, switch, _originals(sites), weights, vectors, list(scales.items()))
+
+    def answers(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the head reads in the float model."""
+        boundary = {name: from_numpy(array) for name, array in feeds.items()}
+        self.switch.on = False
+        try:
+            with torch.no_grad():
+                for stage in self.stages:
+                    given = {name: value for name, value in self.originals.items() if name in stage.graph.names}
+                    results = stage.graph.run({name: boundary[name] for name in stage.graph.inputs}, given)
+                    boundary = {**{name: boundary[name] for name in stage.carried}, **results}
+        finally:
+            self.switch.on = True
+        return {name: boundary[name].numpy().copy() for name in self.head.graph.inputs}
+
+    def arrays(self) -> Arrays:
+        """What was learned, as it will be stored."""
+        found: Arrays = {f"vector {each.name}": each.values for each in self.vectors}
+        found.update({f"scale {value.name}": scale.value().numpy() for value, scale in self.scales})
+        for at, (_, weight) in enumerate(self.weights):
+            grid = weight.grid
+            found[f"codes{at}"] = pack_codes(weight.codes, weight.start.spec.bits)
+            found.update({f"scale{at}": grid.scale, f"zero{at}": grid.zero_point})
+        return found
+
+
+def _originals(sites: Sequence[Site]) -> dict[str, Tensor]:
+    """The float weights of sites, by the names of their values."""
+    quantized = [(site.weight.name, site.quantized) for site in sites if site.quantized is not None]
+    return {name: to_torch(tensor.meta["original"]) for name, tensor in quantized if name and "original" in tensor.meta}
+
+
+def put_back_all(
+    model: ir.Model, arrays: Mapping[str, Any], sites: Sequence[Site], name: str
+) -> dict[Site, dict[str, float]]:
+    """Give the model what was learned; returns figures of each site for its record."""
+    from qcompiler.numerics.affine import Grid
+
+    figures = {}
+    for at, site in enumerate(sites):
+        if f"codes{at}" in arrays and site.quantized is not None:
+            codes = unpack_codes(arrays[f"codes{at}"], site.quantized.spec.bits, site.columns)
+            figures[site] = put_back(site, codes, Grid(arrays[f"scale{at}"], arrays[f"zero{at}"]), name)
+    for key, array in arrays.items():
+        kind, _, value = key.partition(" ")
+        if kind in ("vector", "scale") and value:
+            model.graph.initializers[value].const_value = ir.tensor(np.array(array), name=value)
+    return figures
