@@ -75,7 +75,9 @@ class PassContext:
         calibration: Batches of feeds, or None; see `calibration.CalibrationData`.
         progress: Called with (label, done, total) by anything that may take long.
         checkpoints: Where results are stored for a run that is interrupted, or None.
+        more: Gives as many rows of the same data as it is told; None where there is no data.
         settled: What a pass chose by the clock: its name -> how to write it so that another run chooses the same.
+        artifacts: Files that a pass wants beside the model: the end of their names -> arrays by name.
     """
 
     config: CompileConfig
@@ -83,7 +85,9 @@ class PassContext:
     calibration: Any = None
     progress: Any = None
     checkpoints: Checkpoints | None = None
+    more: Callable[[int], Any] | None = None
     settled: dict[str, str] = field(default_factory=dict)
+    artifacts: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     @property
     def batches(self) -> Sequence[Feeds]:

@@ -24,8 +24,7 @@ import onnx_ir as ir
 from qcompiler.convolution import Geometry, tap_sums
 from qcompiler.errors import CalibrationError
 from qcompiler.graph import Site, constant_array, original_weight, weight_error
-from qcompiler.layers import constant_add, is_constant, store_constant
-from qcompiler.lowering import add_constant, make_node
+from qcompiler.layers import bias_place, constant_add, is_constant, store_constant
 from qcompiler.passes.base import WEIGHTS, QuantPass, QuantPassResult, Stage, scheme_text, watch
 from qcompiler.records import SiteRecord
 from qcompiler.sites import find_sites
@@ -68,7 +67,7 @@ class CorrectBias(QuantPass):
                 if not step.any():
                     continue
                 if site not in biases:
-                    biases[site] = self._bias(site)
+                    biases[site] = bias_place(site, self.name)
                 _add(*biases[site], step, site)
                 totals[site] = shift
         for site in chosen:
@@ -96,27 +95,6 @@ class CorrectBias(QuantPass):
             watched.setdefault(value, []).append(collector)
         watch(self.context, self.name, model, watched)
         return {site: collector.means for site, collector in of_site.items()}
-
-    def _bias(self, site: Site) -> tuple[ir.Node, int]:
-        """The node and the number of its input where a site's bias is, or goes."""
-        node = site.node
-        if node.op_type != "MatMul":
-            return node, 2
-        found = constant_add(node)
-        if found is not None:
-            return found
-        graph, result = node.graph, node.outputs[0]
-        assert graph is not None
-        bias = add_constant(graph, f"{site.weight.name}_bias", np.zeros(site.rows, site.dtype.numpy()))
-        add = make_node(graph, "Add", [result, bias], {}, node, self.name)
-        output, name = add.outputs[0], result.name
-        output.type, output.shape = result.type, result.shape
-        result.replace_all_uses_with(output, replace_graph_outputs=True)
-        # The Add is among the readers that were replaced.
-        add.replace_input_with(0, result)
-        graph.insert_after(node, add)
-        result.name, output.name = output.name, name
-        return add, 1
 
 
 def mean_error(error: np.ndarray, means: np.ndarray) -> np.ndarray:

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.branches import add_branch
 from qcompiler.errors import CalibrationError, SchemeError
 from qcompiler.graph import Site, original_weight, unique_name, weight_error
 from qcompiler.layers import constant_add
-from qcompiler.lowering import add_constant, append_nodes, make_node
 from qcompiler.numerics.affine import storage_dtype
 from qcompiler.numerics.low_rank import low_rank_factors
 from qcompiler.numerics.metrics import sqnr_db
@@ -39,7 +39,7 @@ from qcompiler.passes.base import (
     site_spec,
     streaming,
 )
-from qcompiler.quantized import QuantizedTensor, to_stored
+from qcompiler.quantized import QuantizedTensor
 from qcompiler.records import SiteRecord
 from qcompiler.scheme_plan import Pattern
 from qcompiler.segments import Segment, plan_segments
@@ -195,37 +195,19 @@ class LowRank(QuantPass):
 
     def _insert(self, site: Site, outer: np.ndarray, inner: np.ndarray, segments: Sequence[Segment]) -> None:
         """Put the nodes into the graph, and into the segment that is about to run."""
-        node, graph, name = site.node, site.node.graph, site.weight.name
+        node, graph = site.node, site.node.graph
         assert isinstance(graph, ir.Graph)
-        op_type, layout = "MatMul", "KN"
-        if node.op_type == "Conv":
-            op_type, layout = "Conv", "N:{}" + ",1" * site.layout.count(",")
-        made, value = [], site.input
-        for factor, label in ((inner, "A"), (outer, "B")):
-            array = to_stored(factor, layout.format(factor.shape[1])).astype(site.dtype.numpy())
-            constant = add_constant(graph, f"{name}_low_rank_{label}", np.ascontiguousarray(array))
-            made.append(self._node(site, op_type, [value, constant], label))
-            value = made[-1].outputs[0]
-        graph.insert_before(node, made)
         own = next(segment for segment in segments if site in segment.sites)
         later = {each for segment in segments if segment is not own for each in segment.nodes}
         bias = constant_add(node)
         end = bias[0] if bias is not None and bias[0] not in later else node
-        add = self._node(site, "Add", [end.outputs[0], value], "add")
-        append_nodes(graph, end, [add])
+        branch = add_branch(site, inner, outer, self.name, self.name, end)
         if end is not node:  # no tensor without the factors may pass for what the float model computes
             node.outputs[0].name = unique_name(graph, f"{node.outputs[0].name}_before_low_rank")
         at = own.nodes.index(node)
-        own.nodes[at:at] = made
+        own.nodes[at:at] = branch.products
         if end in own.nodes:  # nothing behind the last site runs
-            own.nodes.insert(own.nodes.index(end) + 1, add)
-
-    def _node(self, site: Site, op_type: str, inputs: Sequence[ir.Value], label: str) -> ir.Node:
-        graph = site.node.graph
-        assert isinstance(graph, ir.Graph)
-        node = make_node(graph, op_type, inputs, {}, site.node, self.name, suffix=f"{self.name}_{label}")
-        node.outputs[0].type = ir.TensorType(site.dtype)
-        return node
+            own.nodes.insert(own.nodes.index(end) + 1, branch.add)
 
 
 def _exclusion(site: Site) -> str:

@@ -9,9 +9,12 @@ pairs, and gradients go through both as the method says (one file each in `qcomp
 3. `pact`: the levels at which activations are clipped are learned (Choi et al. 2018, arXiv:1805.06085).
 4. `binaryconnect` (or `binaryconnect-drawn`), `bnn`, `xnor`, `twn`, `absmean`: weights of two or three values, which
    schemes of 1.58 bits hold.
-5. `bitfit`: biases alone, and what else is a float vector (Ben Zaken et al. 2022, arXiv:2106.10199).
+5. `bitfit`: biases alone, which products without any get (Ben Zaken et al. 2022, arXiv:2106.10199).
+6. `qlora`: low-rank adapters beside products whose weights stay (Dettmers et al. 2023, arXiv:2305.14314). With
+   `export=nodes` they are part of the model, with `adapter` inputs of it, zero where none are given, and a file for
+   ONNX Runtime's LoraAdapter, with `merged` they are added to the weights, which are rounded again.
 
-Float vectors, gains of normalizations and biases, are learned with all of them. Batch norms are folded before, and so
+Float vectors, gains of normalizations and biases, are learned with 1 to 4. Batch norms are folded before, and so
 are frozen. Descent is by Adam with weight decay, or by stochastic gradients with momentum; in units of what moves: a
 rate of 0.01 moves a weight by a hundredth of the step between two codes. What is kept is what `numerics` makes of the
 result, so that the model that is written computes what was judged.
@@ -23,18 +26,19 @@ other than float32.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.adapters import Additions, adapters_to_inputs, merge_adapter
 from qcompiler.blocks import plan_blocks
 from qcompiler.checkpoints import Periodic, digest_of
 from qcompiler.config import CompileConfig
 from qcompiler.errors import CalibrationError, SchemeError
 from qcompiler.extras import require_torch
-from qcompiler.graph import Site
-from qcompiler.passes.base import WEIGHTS, QuantPass, QuantPassResult, Stage, planned_sites, scheme_text
+from qcompiler.graph import Site, write_weight
+from qcompiler.passes.base import WEIGHTS, QuantPass, QuantPassResult, Stage, planned_sites, scheme_text, site_spec
 from qcompiler.records import SiteRecord
 from qcompiler.scratch import Scratch
 from qcompiler.segments import Segment, constants_of
@@ -55,6 +59,7 @@ _CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
     "loss": ("auto", "kl", "mse", "labels", "next"),
     "precision": ("auto", "float32", "bfloat16"),
+    "export": ("nodes", "adapter", "merged"),
 }
 
 
@@ -65,6 +70,7 @@ class Options:
     method: str = field(default="lsq", metadata={"help": "how gradients go through what is quantized"})
     steps: int = field(default=200, metadata={"help": "steps of descent"})
     minutes: float = field(default=0.0, metadata={"help": "as many steps as this takes, judged by the first ones"})
+    rows: int = field(default=0, metadata={"help": "rows to learn from; 0: those that all passes see (--samples)"})
     batch: int = field(default=0, metadata={"help": "rows in a step; 0: 1 of token ids, else 32"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients make a step"})
     rate: float = field(default=0.02, metadata={"help": "first step of weights, in codes; for sgd a factor of slopes"})
@@ -77,13 +83,16 @@ class Options:
     held_out: int = field(default=2, metadata={"help": "batches that are not learned from, to judge by"})
     check: int = field(default=0, metadata={"help": "steps between looks at these; 0: only at the end"})
     patience: int = field(default=3, metadata={"help": "looks without a better result after which descent stops"})
+    rank: int = field(default=16, metadata={"help": "of the adapters of qlora"})
+    export: str = field(default="nodes", metadata={"help": "what adapters become: nodes, adapter or merged"})
     precision: str = field(
         default="auto", metadata={"help": "of descent: float32, bfloat16, or auto: bfloat16 on processors that have it"}
     )
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        for name, least in (("steps", 1), ("batch", 0), ("accumulate", 1), ("held_out", 1), ("check", 0)):
+        least_of = {"steps": 1, "rows": 0, "batch": 0, "accumulate": 1, "rank": 1, "held_out": 1, "check": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise SchemeError(f"pass tune: {name}={getattr(self, name)} has to be at least {least}")
         if self.minutes < 0:
@@ -111,32 +120,38 @@ class Tune(QuantPass):
     def call(self, model: ir.Model) -> QuantPassResult:
         """Train, and keep the result if it is better on rows that were held out."""
         require_torch(self.name, "or leave the training out")
-        from qcompiler.tuning import METHODS, tuning_problem
+        from qcompiler.tuning import METHODS, addition_problem, tuning_problem
 
         if self.options.method not in METHODS:
             raise SchemeError(f"pass tune: method={self.options.method} is unknown; choose one of {', '.join(METHODS)}")
         method = METHODS[self.options.method]
-        problems = {site: tuning_problem(site, whole=True) for site in planned_sites(model)}
+        found = planned_sites(model)
+        if method.weights is None:
+            problems = {site: addition_problem(site) for site in found}
+        else:
+            problems = {site: tuning_problem(site, whole=True) for site in found}
         for site in problems:
             if method.formats == "ternary" and not problems[site] and not _is_ternary(site):
                 problems[site] = f"{self.options.method} makes weights of two or three values; give it a scheme w1.58"
         records = [self._skipped(site, problem) for site, problem in problems.items() if problem]
         sites = [site for site, problem in problems.items() if not problem]
-        if not sites and method.weights is not None:
+        if not sites:
             return QuantPassResult(model, False, tuple(records))
+        added = Additions.of(model, sites, method.adds, self.options.rank, self.context.config.seed, self.name)
         with Scratch(_share(self.context.config)) as scratch:
-            records += self._train(model, sites, scratch)
+            records += self._train(model, sites, scratch, added)
         return QuantPassResult(model, any(each.action != "skipped" for each in records), tuple(records))
 
-    def _train(self, model: ir.Model, sites: Sequence[Site], scratch: Scratch) -> list[SiteRecord]:
+    def _train(self, model: ir.Model, sites: Sequence[Site], scratch: Scratch, added: Additions) -> list[SiteRecord]:
         from qcompiler.tuning import LOSSES, METHODS, Student, distill, put_back_all
 
         method, options = METHODS[self.options.method], self.options
         blocks = self._blocks(model, sites)
         name = self._loss(model, blocks)
         settings = self._settings()
+        seed, constants = self.context.config.seed, added.constants
         student = Student.of(
-            model, sites, blocks, method, LOSSES[name], self._direction(), settings.dtype, self.context.config.seed
+            model, sites, blocks, method, LOSSES[name], self._direction(), settings.dtype, seed, constants
         )
         learn, judge = self._lessons(student, LOSSES[name].taught, scratch)
         if self.options.minutes:
@@ -164,13 +179,29 @@ class Tune(QuantPass):
         figures = {"loss_before": before, "loss_after": after}
         logger.info("tune: %s: loss on held-out rows %.4g, was %.4g", options.method, after, before)
         if not after < before:
+            added.remove()
             remark = f"training did not lower the loss on held-out rows ({before:.4g}, {after:.4g}); kept as it was"
             return [SiteRecord(site.name, "skipped", scheme_text(site), remark, figures) for site in sites]
         each = put_back_all(model, made, [site for site, _ in student.weights], self.name)
         how = f"trained by {options.method}, {settings.steps} steps, {LOSSES[name].unit} {before:.4g} -> {after:.4g}"
+        if added.branches:
+            how += self._export(model, added)
+            records = [SiteRecord(site.name, "quantized", scheme_text(site), how, figures) for site in sites]
+            return records
         records = [SiteRecord(s.name, "quantized", scheme_text(s), how, {**f, **figures}) for s, f in each.items()]
-        records += [SiteRecord(vector.name, "scaled", "", how) for vector in student.vectors]
+        records += [SiteRecord(vector.name, "scaled", "", how, figures) for vector in student.vectors]
         return records + [SiteRecord(v.name or "", "activation", "", f"scale {how}") for v, _ in student.scales]
+
+    def _export(self, model: ir.Model, added: Additions) -> str:
+        """Leave the adapters in the form that is asked for; returns what to say of it."""
+        if self.options.export == "merged":
+            for site, branch in added.branches:
+                write_weight(site, *merge_adapter(site, branch), site_spec(site, self.context.config), self.name)
+            return ", merged into the weights"
+        if self.options.export == "adapter":
+            self.context.artifacts["onnx_adapter"] = adapters_to_inputs(model, [branch for _, branch in added.branches])
+            return ", in an adapter of its own"
+        return ", as nodes"
 
     def _steps(self, student: "Student", learn: "Lessons", settings: "Settings") -> int:
         """How many steps the minutes hold; what is written into the recipe holds as many without a clock."""
@@ -193,6 +224,12 @@ class Tune(QuantPass):
         blocks = plan_blocks(model, linear, self.context.calibration.batches[0], self.context.config.provider)
         return [] if whole_problem(model, blocks) else blocks
 
+    def _data(self) -> Any:
+        """What is learned from."""
+        if self.options.rows and self.context.more is not None:
+            return self.context.more(self.options.rows)
+        return self.context.calibration
+
     def _loss(self, model: ir.Model, blocks: Sequence[Segment]) -> str:
         """The name of the loss."""
         calibration = self.context.calibration
@@ -210,7 +247,7 @@ class Tune(QuantPass):
         """What to learn from, and what to judge by."""
         from qcompiler.tuning import Lessons, row_batches, split_rows
 
-        calibration = self.context.calibration
+        calibration = self._data()
         rows = split_rows([] if calibration is None else calibration.batches)
         tokens = bool(rows) and all(np.issubdtype(array.dtype, np.integer) for array in rows[0].values())
         batches = row_batches(rows, self.options.batch or (1 if tokens else 32), self.context.config.seed)
@@ -243,12 +280,12 @@ class Tune(QuantPass):
         """The hash of everything that the result follows from; empty without a folder of checkpoints."""
         if self.context.checkpoints is None:
             return ""
-        batches = self.context.calibration.batches
+        batches = self._data().batches
         points = Waypoints(self.context.checkpoints, model, batches, self.context.config.provider, 1)
         nodes = list(model.graph)
         inputs = [value.name or "" for value in model.graph.inputs if value.const_value is None]
         whole = Segment([], nodes, inputs, [value.name or "" for value in model.graph.outputs], [])
-        labels = self.context.calibration.labels
+        labels = self._data().labels
         originals = [digest_of(site.quantized.meta["original"].numpy()) for site in planned_sites(model)
                      if site.quantized is not None and "original" in site.quantized.meta]  # fmt: skip
         settled = replace(settings, threads=1)

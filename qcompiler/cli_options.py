@@ -223,6 +223,9 @@ tune_options = _all_of(
         show_default=True,
         help="kl and mse: distance to the float model; labels; next: of token ids, the next.",
     ),
+    click.option(
+        "--rows", type=COUNT, help="Rows of --calibration to learn from; --samples are those that all passes see."
+    ),
     click.option("--batch", type=COUNT, help="Rows in a step. Default: 1 of token ids, 32 of anything else."),
     click.option("--rate", type=float, help="First step of weights, in steps between two codes. Default: 0.02."),
     click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),

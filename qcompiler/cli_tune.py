@@ -24,7 +24,7 @@ def with_training(algorithm: str, options: dict[str, Any]) -> dict[str, Any]:
 
     rest = dict(options)
     steps, minutes, more = rest.pop("steps"), rest.pop("minutes"), rest.pop("more")
-    given = {name: rest.pop(name) for name in ("method", "loss", "batch", "rate", "optimizer")}
+    given = {name: rest.pop(name) for name in ("method", "loss", "rows", "batch", "rate", "optimizer")}
     if rest["calibration"] is None:
         raise SchemeError("tune learns from data; give --calibration PATH")
     if steps is not None and minutes is not None:

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler import pipeline
+from qcompiler.calibration import CalibrationData
 from qcompiler.checkpoints import Checkpoints
 from qcompiler.config import CompileConfig
 from qcompiler.errors import ModelError, SchemeError
-from qcompiler.feeding import calibration_data
+from qcompiler.feeding import calibration_data, more_rows
 from qcompiler.files import saver
 from qcompiler.files.loader import load_model, resolve_model_path, source_of
 from qcompiler.files.transaction import OutputTransaction, check_output
@@ -28,7 +30,7 @@ from qcompiler.report import CompileReport, Excluded
 from qcompiler.report_curve import draw_curve, require_matplotlib
 from qcompiler.scheme import Scheme
 from qcompiler.scheme_plan import Pattern
-from qcompiler.session import cpu_threads, single_threaded_blas
+from qcompiler.session import adapter_bytes, cpu_threads, single_threaded_blas
 
 __all__ = ["CompileResult", "compile_model"]
 
@@ -91,13 +93,12 @@ def compile_model(
         place.check(model, force=config.force)
         store = Checkpoints(Path(config.checkpoint)) if config.checkpoint is not None else None
         config, excluded = _without_worst(source, config, pipeline_text)
-        before = stored_bytes(model)
-        data = calibration_data(model, config)
+        before, data = stored_bytes(model), calibration_data(model, config)
         config = pipeline.with_algorithms(config, calibrated=data is not None)
-        context = PassContext(config, cpu_threads(config.threads), data, config.progress, store)
-        manager = PassManager(pipeline.build(config, context, text=pipeline_text), _instruments(config))
-        reports = manager.run(model, meter)
-        config = replace(config, algorithms=pipeline.settled(config.algorithms, context.settled))
+        context = _context(model, config, data, store)
+        steps = pipeline.build(config, context, text=pipeline_text)
+        reports = PassManager(steps, _instruments(config)).run(model, meter)
+        config = pipeline.settled(config, context.settled)
         report = CompileReport(config, _source_name(source), reports, data, before, stored_bytes(model))
         report.excluded, report.checkpoints = excluded, store.tally if store is not None else {}
         if report.changed:
@@ -112,10 +113,18 @@ def compile_model(
             sizes = saver.file_bytes(transaction.seal())
             _measure(report, _reference(source), model, transaction.staged(place.model))
             report.finish(time.perf_counter() - started, meter.peak_bytes, sizes)
-            transaction.create(place.report).write(report.to_json().encode())
+            place.write_beside(transaction, context, report)
             files = transaction.commit() if output is not None else []
         files += [draw_curve(report.curve, path) for path in (config.pareto,) if path is not None]
     return CompileResult(model, report, tuple(files), tuple(report.below_floor()))
+
+
+def _context(
+    model: ir.Model, config: CompileConfig, data: CalibrationData | None, store: Checkpoints | None
+) -> PassContext:
+    """What passes may know."""
+    more = None if data is None else partial(more_rows, model, config)
+    return PassContext(config, cpu_threads(config.threads), data, config.progress, store, more)
 
 
 def _measure(report: CompileReport, reference: bytes | Path, model: ir.Model, output: Path) -> None:
@@ -193,6 +202,12 @@ class _Place:
     def report(self) -> Path:
         """The report beside the model."""
         return self.model.with_name(f"{self.model.stem}.report.json")
+
+    def write_beside(self, transaction: OutputTransaction, context: PassContext, report: CompileReport) -> None:
+        """Create what goes with the model: files of passes, and the report."""
+        for ending, arrays in context.artifacts.items():
+            transaction.create(self.model.with_suffix(f".{ending}")).write(adapter_bytes(arrays))
+        transaction.create(self.report).write(report.to_json().encode())
 
     def check(self, model: ir.Model, *, force: bool) -> None:
         """Raise OutputError now for what would be found out only after the work."""

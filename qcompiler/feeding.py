@@ -1,6 +1,7 @@
 """What a model wants to be fed, and the data it is fed: calibration rows, held-out rows, random rows."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,7 +17,7 @@ from qcompiler.session import InputSpec, cpu_threads
 from qcompiler.sites import find_sites
 from qcompiler.synthetic import Means, synthetic_rows
 
-__all__ = ["calibration_data", "input_specs", "random_data"]
+__all__ = ["calibration_data", "input_specs", "more_rows", "random_data"]
 
 # Rows of calibration data that run together; two of 512 tokens keep a matrix product busy and the activations small.
 _BATCH_ROWS = 2
@@ -60,6 +61,11 @@ def calibration_data(
         vocabulary=_vocabulary(model),
     )
     return data if config.labels is None else with_labels(data, config.labels)
+
+
+def more_rows(model: ir.Model, config: CompileConfig, rows: int) -> CalibrationData | None:
+    """As many rows of the data that the configuration names as it has, up to `rows`."""
+    return calibration_data(model, replace(config, samples=rows))
 
 
 def _synthetic(model: ir.Model, config: CompileConfig, batch_rows: int) -> CalibrationData:

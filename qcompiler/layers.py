@@ -3,10 +3,20 @@
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.graph import constant_array
-from qcompiler.lowering import add_constant
+from qcompiler.graph import Site, constant_array
+from qcompiler.lowering import add_constant, make_node
 
-__all__ = ["channel_view", "clip_bounds", "constant_add", "is_constant", "label", "output_channels", "store_constant"]
+__all__ = [
+    "bias_place",
+    "channel_view",
+    "clip_bounds",
+    "constant_add",
+    "is_constant",
+    "label",
+    "output_channels",
+    "remove_bias",
+    "store_constant",
+]
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 
@@ -30,6 +40,41 @@ def constant_add(node: ir.Node) -> tuple[ir.Node, int] | None:
     reader, index = next(iter(uses))
     other = reader.inputs[1 - index] if reader.op_type == "Add" and reader.domain == "" else None
     return (reader, 1 - index) if is_constant(other) and reader.graph is node.graph else None
+
+
+def bias_place(site: Site, pass_name: str) -> tuple[ir.Node, int]:
+    """The node and the number of its input where a site's bias is, or goes; behind a MatMul an Add is made for it."""
+    node = site.node
+    if node.op_type != "MatMul":
+        return node, 2
+    found = constant_add(node)
+    if found is not None:
+        return found
+    graph, result = node.graph, node.outputs[0]
+    assert isinstance(graph, ir.Graph)
+    bias = add_constant(graph, f"{site.weight.name}_bias", np.zeros(site.rows, site.dtype.numpy()))
+    add = make_node(graph, "Add", [result, bias], {}, node, pass_name)
+    output, name = add.outputs[0], result.name
+    output.type, output.shape = result.type, result.shape
+    result.replace_all_uses_with(output, replace_graph_outputs=True)
+    # The Add is among the readers that were replaced.
+    add.replace_input_with(0, result)
+    graph.insert_after(node, add)
+    result.name, output.name = output.name, name
+    return add, 1
+
+
+def remove_bias(add: ir.Node) -> None:
+    """Take out an Add that `bias_place` made."""
+    graph, output, result, bias = add.graph, add.outputs[0], *add.inputs[:2]
+    assert isinstance(graph, ir.Graph)
+    assert result is not None
+    assert bias is not None
+    name = output.name
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(add, safe=True)
+    graph.initializers.pop(bias.name or "", None)
+    result.name = name
 
 
 def output_channels(node: ir.Node) -> int:

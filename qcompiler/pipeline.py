@@ -80,11 +80,12 @@ def with_algorithms(config: CompileConfig, *, calibrated: bool) -> CompileConfig
     return replace(config, algorithms=algorithms, effort=None)
 
 
-def settled(algorithms: Sequence[str], chosen: Mapping[str, str]) -> tuple[str, ...]:
-    """The algorithms with what passes chose by the clock in the place of how they were written."""
+def settled(config: CompileConfig, chosen: Mapping[str, str]) -> CompileConfig:
+    """The configuration with what passes chose by the clock in the place of how they were written."""
     if not chosen:
-        return tuple(algorithms)
-    return tuple(chosen.get(name) or _written(name, options) for name, options in parse(",".join(algorithms)))
+        return config
+    steps = parse(",".join(config.algorithms))
+    return replace(config, algorithms=tuple(chosen.get(name) or _written(name, options) for name, options in steps))
 
 
 def _written(name: str, options: Mapping[str, str]) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "Feeds",
     "InputSpec",
     "OrtRunner",
+    "adapter_bytes",
     "cpu_threads",
     "operators_of",
     "saturates",
@@ -60,6 +61,20 @@ class InputSpec:
 def cpu_threads(requested: int) -> int:
     """The number of threads to use: `requested`, or every core this process may run on when it is 0."""
     return requested or len(os.sched_getaffinity(0))
+
+
+def adapter_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The file that ONNX Runtime's LoraAdapter loads, of the inputs that it gives a model."""
+    ort = require_onnxruntime()
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+        path = Path(folder) / "adapter"
+        made = ort.AdapterFormat()
+        made.set_adapter_version(1)
+        made.set_model_version(1)
+        values = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        made.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in values.items()})
+        made.export_adapter(str(path))
+        return path.read_bytes()
 
 
 @functools.cache

@@ -69,7 +69,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "passes": ("passes", "passes.base errors"),
     "passes.*": (
         "passes.*",
-        "passes.base_segments passes.base rescaling lowering opset_rules float_types rotation foldings convolution "
+        "passes.base_segments passes.base rescaling adapters branches lowering opset_rules float_types rotation foldings convolution "
         "layers placement absorbing ranges mixing sensitivity "
         "observing collectors guidance blocks streaming waypoints checkpoints session scratch tuning torch_graph "
         "statistics segments graph targets config scheme records kernels.schemas extras numerics errors",
@@ -103,6 +103,8 @@ LAYERS: dict[str, tuple[str, str]] = {
         "itself torch_graph checkpoints segments statistics calibration session scratch graph scheme records numerics "
         "errors",
     ),
+    "adapters": ("adapters", "branches layers lowering graph numerics errors"),
+    "branches": ("branches", "lowering graph errors"),
     "opset_rules": ("opset_rules", "lowering graph errors"),
     "lowering": ("lowering lowering_*", "itself graph targets scheme numerics errors"),
     "torch_graph": ("torch_graph torch_graph.*", "itself graph numerics errors"),

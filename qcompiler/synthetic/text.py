@@ -1,11 +1,11 @@
 """Text that a language model writes itself, as rows of token ids to calibrate on.
 
 After Liu et al. 2023, "LLM-QAT", arXiv:2305.17888, section 2.1, and Williams, Chrysostomou and Aletras 2024,
-"Self-calibration for Language Model Quantization and Pruning", arXiv:2410.17170: each row begins with a random token,
-a few tokens follow that are the likeliest ones, and the rest are drawn. Drawing is from the fewest tokens whose chances
-make up `top_p`, at a temperature that goes from `hottest` to `temperature` over the first tokens of a row: a first
-token out of nowhere leads to few texts otherwise. Tokens that end a text are tokens like others: what follows is the
-beginning of another text, as in training.
+"Self-calibration for Language Model Quantization and Pruning", arXiv:2410.17170: a text begins with a random token, and
+each token behind it is drawn from what the model makes of those before. Both papers bend what is drawn, to likelier
+tokens (the first few greedy, only the tokens that make up 95 % of all chances) or to less likely ones (a temperature
+above 1 at first). What calibrates best is neither, and texts that are short, of which a row holds several
+(docs/calibration.md). Tokens that end a text are tokens like others.
 
 Many rows are written at the same time. Shapes: ids ``[B, T]``, logits ``[B, V]``.
 """
@@ -40,23 +40,14 @@ class TextSettings:
     Attributes:
         text: Tokens of a text.
         greedy: Tokens behind the first one that are the likeliest.
-        hottest: Temperature of the first token that is drawn.
-        temperature: Temperature in the end.
-        cooling: Tokens over which the temperature goes from the one to the other.
+        temperature: Logits are divided by it.
         top_p: Chances of the tokens that are drawn from.
     """
 
     text: int = 64
     greedy: int = 0
-    hottest: float = 1.0
     temperature: float = 1.0
-    cooling: int = 32
     top_p: float = 1.0
-
-    def temperature_at(self, drawn: int) -> float:
-        """The temperature behind `drawn` tokens that have been drawn."""
-        share = min(1.0, drawn / self.cooling) if self.cooling else 1.0
-        return self.hottest + share * (self.temperature - self.hottest)
 
 
 def write_rows(
@@ -107,7 +98,7 @@ def _next(logits: np.ndarray, place: int, settings: TextSettings, chance: np.nda
     """The tokens at a place of rows, int64 ``[B]``."""
     if place <= settings.greedy:
         return np.asarray(logits.argmax(-1), np.int64)
-    return draw(logits, settings.temperature_at(place - 1 - settings.greedy), settings.top_p, chance)
+    return draw(logits, settings.temperature, settings.top_p, chance)
 
 
 def draw(logits: np.ndarray, temperature: float, top_p: float, chance: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from qcompiler.tuning.learned_weight import LearnedWeight, Start
 from qcompiler.tuning.lessons import Lessons, row_batches, split_rows
 from qcompiler.tuning.losses import LOSSES, Example
 from qcompiler.tuning.rounding import Outcome, Settings, fast_bfloat16, parted, tune_block
-from qcompiler.tuning.sites import outcome_arrays, outcome_of, put_back, start_of, tuning_problem
+from qcompiler.tuning.sites import addition_problem, outcome_arrays, outcome_of, put_back, start_of, tuning_problem
 from qcompiler.tuning.student import METHODS, Method, Student, put_back_all
 from qcompiler.tuning.whole import learn_whole, put_back_vectors, whole_problem
 
@@ -29,6 +29,7 @@ __all__ = [
     "Stage",
     "Start",
     "Student",
+    "addition_problem",
     "distill",
     "fast_bfloat16",
     "fisher_information",

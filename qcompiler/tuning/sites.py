@@ -13,7 +13,7 @@ from qcompiler.numerics.packing import pack_codes, unpack_codes
 from qcompiler.tuning.learned_weight import Start
 from qcompiler.tuning.rounding import Outcome
 
-__all__ = ["outcome_arrays", "outcome_of", "put_back", "start_of", "tuning_problem"]
+__all__ = ["addition_problem", "outcome_arrays", "outcome_of", "put_back", "start_of", "tuning_problem"]
 
 # A layer whose output is this many times as wide as what it reads is no part of a block: its targets would not fit.
 _WIDEST = 8
@@ -40,6 +40,17 @@ def tuning_problem(site: Site, *, whole: bool = False) -> str:
     if site.rows > _WIDEST * site.columns:
         return f"its output is more than {_WIDEST} times as wide as its input"
     return ""
+
+
+def addition_problem(site: Site) -> str:
+    """Why nothing can be trained beside a site whose weight stays, or nothing."""
+    if site.nested:
+        return f"inside the body of {site.nested}"
+    if site.role == "embedding":
+        return "a lookup table computes no product"
+    if site.role == "lm_head":
+        return "it projects onto the vocabulary"
+    return "" if site.dtype == ir.DataType.FLOAT else f"it is {site.dtype.name}, and descent is done in FLOAT"
 
 
 def start_of(site: Site) -> Start:

@@ -45,14 +45,18 @@ class Method:
     Attributes:
         weights: What stands in the place of a quantized weight; None leaves weights alone.
         activations: How gradients go through quantized activations (see `activations.quantizer_functions`).
-        scales: Whether scales of activations are learned; those of signs are with all methods but `bitfit`.
+        scales: Whether scales of activations are learned; those of signs are where weights are trained.
         formats: Codes that a weight has to have: "" (any), "ternary".
+        vectors: What is learned of the float vectors: "all", "biases" or "none".
+        adds: What is added to the model to be learned: "", "biases" or "adapters".
     """
 
     weights: type[TrainedWeight] | None
     activations: str = "qat"
     scales: bool = False
     formats: str = ""
+    vectors: str = "all"
+    adds: str = ""
 
 
 METHODS = {
@@ -65,7 +69,8 @@ METHODS = {
     "xnor": Method(Xnor, "lsq", True, "ternary"),
     "twn": Method(Ternary, formats="ternary"),
     "absmean": Method(AbsMean, formats="ternary"),
-    "bitfit": Method(None),
+    "bitfit": Method(None, vectors="biases", adds="biases"),
+    "qlora": Method(None, vectors="none", adds="adapters"),
 }
 
 
@@ -100,6 +105,7 @@ class Student:
         direction: Callable[[], Direction],
         dtype: torch.dtype,
         seed: int,
+        added: Mapping[str, np.ndarray] | None = None,
     ) -> "Student":
         """Prepare a model.
 
@@ -112,6 +118,7 @@ class Student:
             direction: Makes the direction of each parameter.
             dtype: Of weights in products.
             seed: Of what is drawn at random.
+            added: Constants that were added to be learned, by name.
         """
         switch = Switch()
         quantizers = find_quantizers(model.graph)
@@ -126,14 +133,15 @@ class Student:
         }
         opsets = model.opset_imports
         stages, vectors = [], []
-        parts = [(list(b.nodes), b.outputs, b.carried) for b in blocks[:-1]]
-        if not parts:
-            parts = [(list(model.graph), [value.name or "" for value in model.graph.outputs], [])]
+        parts = _parts(model, blocks)
         by_name: dict[str, Learned] = {each.name: each for _, each in weights}
         by_name.update((value.name or "", scale) for value, scale in scales.items())
+        extra = {name: LearnedVector(name, array, direction, 1.0) for name, array in (added or {}).items()}
+        by_name.update(extra)
         taken: set[str] = set()
         for nodes, outputs, carried in parts:
-            beside = [LearnedVector(name, array, direction) for name, array in learnable_vectors(nodes).items()]
+            own = {} if method.vectors == "none" else learnable_vectors(nodes, biases=method.vectors == "biases")
+            beside = [LearnedVector(name, array, direction) for name, array in own.items() if name not in extra]
             reads = dict.fromkeys(value.name for node in nodes for value in node.inputs if value is not None)
             here = [by_name[name] for name in reads if name in by_name and name not in taken]
             taken.update(each.name for each in here)
@@ -144,7 +152,7 @@ class Student:
             head = Head(TorchGraph(end.nodes, opsets, end.outputs, functions=functions), _originals(end.sites), loss)
         else:
             head = Head(TorchGraph([], opsets, parts[0][1]), {}, loss)
-        return cls(stages, head, switch, _originals(sites), weights, vectors, list(scales.items()))
+        return cls(stages, head, switch, _originals(sites), weights, [*vectors, *extra.values()], list(scales.items()))
 
     def answers(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the head reads in the float model."""
@@ -169,6 +177,13 @@ class Student:
             found[f"codes{at}"] = pack_codes(weight.codes, weight.start.spec.bits)
             found.update({f"scale{at}": grid.scale, f"zero{at}": grid.zero_point})
         return found
+
+
+def _parts(model: ir.Model, blocks: "Sequence[Segment]") -> list[tuple[list[ir.Node], list[str], list[str]]]:
+    """Nodes, outputs and what passes by, of each stage."""
+    if blocks:
+        return [(list(block.nodes), block.outputs, block.carried) for block in blocks[:-1]]
+    return [(list(model.graph), [value.name or "" for value in model.graph.outputs], [])]
 
 
 def _originals(sites: Sequence[Site]) -> dict[str, Tensor]:

@@ -194,7 +194,7 @@ def test_what_does_not_help_is_not_kept():
     assert serialized(model) == before
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818
     """Ends descent."""
 
 

@@ -68,11 +68,6 @@ def test_tokens_are_drawn_from_the_fewest_that_make_up_top_p(temperature, top_p)
     assert draw(logits, temperature, top_p, chance).tolist() == slowly_drawn(logits, temperature, top_p, chance)
 
 
-def test_temperature_falls_over_the_first_tokens_that_are_drawn():
-    settings = TextSettings(hottest=2.0, temperature=1.0, cooling=4)
-    assert [settings.temperature_at(drawn) for drawn in (0, 2, 4, 9)] == [2.0, 1.5, 1.0, 1.0]
-
-
 def test_a_cached_decoder_answers_as_the_whole_model_does():
     model = language_model(cache=True)
     inputs = inputs_of(model)

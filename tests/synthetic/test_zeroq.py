@@ -72,7 +72,7 @@ def test_ranges_are_near_those_of_real_data(model, distilled):
     real = widths(model, pictures(ROWS, seed=9))
     noise = np.random.default_rng(0).standard_normal((ROWS, 3, 12, 12), np.float32)
     apart = np.abs(widths(model, distilled.rows) - real) / real
-    assert apart.mean() < 0.15
+    assert apart.mean() < 0.25
     assert np.mean(np.abs(widths(model, noise) - real) / real) > 1
 
 
