@@ -69,8 +69,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     "passes": ("passes", "passes.base errors"),
     "passes.*": (
         "passes.*",
-        "passes.base_segments passes.base rescaling adapters branches lowering opset_rules float_types rotation foldings convolution "
-        "layers placement absorbing ranges mixing sensitivity "
+        "passes.base_segments passes.base rescaling adapters branches lowering opset_rules float_types rotation "
+        "foldings convolution layers placement absorbing ranges mixing sensitivity "
         "observing collectors guidance blocks streaming waypoints checkpoints session scratch tuning torch_graph "
         "statistics segments graph targets config scheme records kernels.schemas extras numerics errors",
     ),

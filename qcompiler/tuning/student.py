@@ -15,7 +15,7 @@ from qcompiler.numerics.packing import pack_codes, unpack_codes
 from qcompiler.torch_graph import TorchGraph
 from qcompiler.torch_graph.dtypes import from_numpy, to_torch
 from qcompiler.tuning.activations import LearnedScale, Switch, find_quantizers, quantizer_functions
-from qcompiler.tuning.directions import Direction
+from qcompiler.tuning.directions import Adam, Direction
 from qcompiler.tuning.distillation import Head, Stage
 from qcompiler.tuning.learned import Learned
 from qcompiler.tuning.learned_vector import LearnedVector, learnable_vectors
@@ -115,16 +115,17 @@ class Student:
             blocks: The stages, the last of which is the head; empty for the whole graph as one stage.
             method: What is trained of them.
             loss: What the outputs are judged by.
-            direction: Makes the direction of each parameter.
+            direction: Makes the direction of each parameter; Adam's for the weights of blocks keep factored magnitudes.
             dtype: Of weights in products.
             seed: Of what is drawn at random.
             added: Constants that were added to be learned, by name.
         """
-        switch = Switch()
+        switch, lean = Switch(), bool(blocks) and direction is Adam
         quantizers = find_quantizers(model.graph)
         functions = quantizer_functions(quantizers, method.activations, switch)
-        weights = [] if method.weights is None else [
-            (site, method.weights(start_of(site), direction, dtype, seed + at)) for at, site in enumerate(sites)
+        made = method.weights
+        weights = [] if made is None else [
+            (site, made(start_of(site), direction, dtype, seed + at, lean=lean)) for at, site in enumerate(sites)
         ]  # fmt: skip
         scales = {
             each.scale: LearnedScale(each.scale.name or "", float(constant_array(each.scale)), direction)

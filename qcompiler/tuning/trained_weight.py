@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qcompiler.numerics.affine import Grid, stored_scale
-from qcompiler.tuning.directions import Direction
+from qcompiler.tuning.directions import Direction, Factored
 from qcompiler.tuning.learned import Learned, Parameter
 from qcompiler.tuning.learned_weight import Start
 from qcompiler.tuning.qat import passing
@@ -32,9 +32,15 @@ class TrainedWeight(Learned):
     WEIGHT = "weight"
 
     def __init__(
-        self, start: Start, direction: Callable[[], Direction], dtype: torch.dtype = torch.float32, seed: int = 0
+        self,
+        start: Start,
+        direction: Callable[[], Direction],
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        *,
+        lean: bool = False,
     ) -> None:
-        """Begin at the original weight, as `start` has it quantized."""
+        """Begin at the original weight, as `start` has it quantized; a lean one keeps Adafactor's magnitudes of it."""
         self.start, self._layout = start, start.shapes
         self.first = torch.from_numpy(start.grid.scale.astype(np.float32))[..., None]
         zero = torch.from_numpy(start.grid.zero_point.astype(np.float32))[..., None]
@@ -44,6 +50,8 @@ class TrainedWeight(Learned):
         latent = self._layout.grouped(torch.from_numpy(np.array(start.weight, np.float32)))
         parameters = {self.WEIGHT: Parameter(latent, self.first.abs()), **self.extra(latent)}
         super().__init__(start.name, parameters, direction, dtype)
+        if lean:
+            self._directions[self.WEIGHT] = Factored()
 
     @property
     def generator(self) -> torch.Generator:

@@ -66,7 +66,7 @@ def test_signs():
     body = f"t = Tanh(x) y = {CONV}(t, w0)"
     model, data = graph(body), batches()
     records = integers(model, data, "w1.58a1")
-    assert [record.spec for record in records if record.action == "activation"][0] == "signs"
+    assert next(record.spec for record in records if record.action == "activation") == "signs"
     encode = next(node for node in model.graph if node.op_type == "QuantizeLinear" and "sign" in node.inputs[1].name)
     (clip,) = (use.node for use in encode.outputs[0].uses())
     (decode,) = (use.node for use in clip.outputs[0].uses())
