@@ -8,7 +8,7 @@ pairs, and gradients go through both as the method says (one file each in `qcomp
 2. `lsq`: steps of weights and activations are learned as well (Esser et al. 2020, arXiv:1902.08153).
 3. `pact`: the levels at which activations are clipped are learned (Choi et al. 2018, arXiv:1805.06085).
 4. `binaryconnect` (or `binaryconnect-drawn`), `bnn`, `xnor`, `twn`, `absmean`: weights of two or three values, which
-   schemes of 1.58 bits hold.
+   schemes of 1.58 bits hold; `ttq`: three values, two of which are learned, among codes of 4 or 8 bits.
 5. `bitfit`: biases alone, which products without any get (Ben Zaken et al. 2022, arXiv:2106.10199).
 6. `qlora`: low-rank adapters beside products whose weights stay (Dettmers et al. 2023, arXiv:2305.14314). With
    `export=nodes` they are part of the model, with `adapter` inputs of it, zero where none are given, and a file for
@@ -131,8 +131,7 @@ class Tune(QuantPass):
         else:
             problems = {site: tuning_problem(site, whole=True) for site in found}
         for site in problems:
-            if method.formats == "ternary" and not problems[site] and not _is_ternary(site):
-                problems[site] = f"{self.options.method} makes weights of two or three values; give it a scheme w1.58"
+            problems[site] = problems[site] or _wrong_format(site, method.formats, self.options.method)
         records = [self._skipped(site, problem) for site, problem in problems.items() if problem]
         sites = [site for site, problem in problems.items() if not problem]
         if not sites:
@@ -296,8 +295,15 @@ class Tune(QuantPass):
         return SiteRecord(site.name, "skipped", scheme_text(site), f"not trained: {problem}")
 
 
-def _is_ternary(site: Site) -> bool:
-    return site.quantized is not None and site.quantized.spec.bits == 2 and site.quantized.spec.symmetric
+def _wrong_format(site: Site, formats: str, method: str) -> str:
+    """Why a site's codes cannot hold what a method makes of weights, or nothing."""
+    if site.quantized is None or not formats:
+        return ""
+    spec = site.quantized.spec
+    if formats == "ternary":
+        fits = spec.bits == 2 and spec.symmetric
+        return "" if fits else f"{method} makes weights of two or three values; give it a scheme w1.58"
+    return "" if spec.bits in (4, 8) else f"{method} has two levels, which codes of 4 or 8 bits hold; give it w8 or w4"
 
 
 def _share(config: CompileConfig) -> int | None:

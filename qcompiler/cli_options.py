@@ -210,7 +210,7 @@ tune_options = _all_of(
         default="lsq",
         show_default=True,
         help="How: qat, lsq, pact, bitfit, or for weights of two or three values (w1.58) binaryconnect, bnn, xnor, "
-        "twn, absmean. See docs/methods.md.",
+        "twn, absmean, or ttq. See docs/methods.md.",
     ),
     click.option("--steps", type=COUNT, help="Steps of descent. Default: 200."),
     click.option(

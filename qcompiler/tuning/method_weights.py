@@ -9,7 +9,16 @@ from qcompiler.tuning import binary, lsq, qat, ternary
 from qcompiler.tuning.learned import Parameter
 from qcompiler.tuning.trained_weight import TrainedWeight
 
-__all__ = ["AbsMean", "BinaryConnect", "DrawnBinaryConnect", "LearnedStep", "StraightThrough", "Ternary", "Xnor"]
+__all__ = [
+    "AbsMean",
+    "BinaryConnect",
+    "DrawnBinaryConnect",
+    "LearnedStep",
+    "StraightThrough",
+    "Ternary",
+    "TrainedTernary",
+    "Xnor",
+]
 
 # No step becomes smaller than this share of where it began.
 _SMALLEST = 0.05
@@ -138,3 +147,46 @@ class AbsMean(TrainedWeight):
         latent = parameters[self.WEIGHT].detach()
         scale = latent.abs().mean(-1, keepdim=True).clamp(min=1e-8)
         return torch.clamp(torch.round(latent / scale), -1, 1), scale
+
+
+class TrainedTernary(TrainedWeight):
+    """TTQ: what large weights become, above zero and below it, is learned.
+
+    The two levels are codes of a format of 4 or 8 bits: the larger for its range is the last code, the other the
+    nearest.
+    """
+
+    UP, DOWN = "up", "down"
+
+    def extra(self, latent: Tensor) -> dict[str, Parameter]:
+        """Both levels begin at the mean magnitude of the weights that are not zero."""
+        used = latent.abs() > ternary.TTQ_SHARE * latent.abs().amax(-1, keepdim=True)
+        mean = (latent.abs() * used).sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp(min=1)
+        mean = mean.clamp(min=1e-8)
+        return {name: Parameter(mean.clone(), mean.clone(), scale=True) for name in (self.UP, self.DOWN)}
+
+    def trained(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The ternary weight, whose levels are those of the codes."""
+        up, down, scale = self._levels(parameters)
+        held = [qat.passing(code * scale, parameters[name]) for code, name in ((up, self.UP), (down, self.DOWN))]
+        return ternary.trained_ternary(parameters[self.WEIGHT], *held)
+
+    def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The codes of the levels."""
+        up, down, scale = self._levels(parameters)
+        signs = ternary.ttq_signs(parameters[self.WEIGHT].detach())
+        return torch.where(signs > 0, up, torch.where(signs < 0, -down, torch.zeros_like(signs))), scale
+
+    def _levels(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """How many steps up and down the levels are, and the step."""
+        up, down = parameters[self.UP].detach(), parameters[self.DOWN].detach()
+        high, low = self.high.clamp(min=1), (-self.low).clamp(min=1)
+        scale = self.stored(torch.maximum(up / high, down / low))
+        steps = [torch.minimum((level / scale).round(), end) for level, end in ((up, high), (down, low))]
+        return steps[0], steps[1], scale
+
+    def settle(self) -> None:
+        """Levels stay positive."""
+        for name in (self.UP, self.DOWN):
+            level = self.parameters[name]
+            torch.maximum(level.tensor, level.unit * _SMALLEST, out=level.tensor)

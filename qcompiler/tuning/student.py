@@ -27,6 +27,7 @@ from qcompiler.tuning.method_weights import (
     LearnedStep,
     StraightThrough,
     Ternary,
+    TrainedTernary,
     Xnor,
 )  # fmt: skip
 from qcompiler.tuning.sites import put_back, start_of
@@ -46,7 +47,7 @@ class Method:
         weights: What stands in the place of a quantized weight; None leaves weights alone.
         activations: How gradients go through quantized activations (see `activations.quantizer_functions`).
         scales: Whether scales of activations are learned; those of signs are where weights are trained.
-        formats: Codes that a weight has to have: "" (any), "ternary".
+        formats: Codes that a weight has to have: "" (any), "ternary", or "wide" (of 4 or 8 bits).
         vectors: What is learned of the float vectors: "all", "biases" or "none".
         adds: What is added to the model to be learned: "", "biases" or "adapters".
     """
@@ -68,6 +69,7 @@ METHODS = {
     "bnn": Method(BinaryConnect, "lsq", True, "ternary"),
     "xnor": Method(Xnor, "lsq", True, "ternary"),
     "twn": Method(Ternary, formats="ternary"),
+    "ttq": Method(TrainedTernary, formats="wide"),
     "absmean": Method(AbsMean, formats="ternary"),
     "bitfit": Method(None, vectors="biases", adds="biases"),
     "qlora": Method(None, vectors="none", adds="adapters"),

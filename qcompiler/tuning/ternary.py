@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qcompiler.tuning.qat import passing
 
-__all__ = ["absmean_weight", "exact_ternary", "trained_ternary", "twn_ternary"]
+__all__ = ["TTQ_SHARE", "absmean_weight", "exact_ternary", "trained_ternary", "ttq_signs", "twn_ternary"]
 
-_TWN, _TTQ = 0.7, 0.05
+_TWN, TTQ_SHARE = 0.7, 0.05
 
 
 def _best_scale(weight: Tensor, codes: Tensor) -> Tensor:
@@ -50,14 +50,19 @@ def absmean_weight(weight: Tensor) -> Tensor:
     return passing(torch.clamp(torch.round(weight / scale), -1, 1) * scale, weight)
 
 
+def ttq_signs(weight: Tensor) -> Tensor:
+    """Which weights TTQ takes for large: 1 and -1, and 0 for the others."""
+    return torch.sign(weight) * (weight.abs() > TTQ_SHARE * weight.abs().amax(-1, keepdim=True))
+
+
 def trained_ternary(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """``up`` and ``-down``, both positive, where the weight is large, zero elsewhere.
 
     Gradients (equations 7 and 8 of TTQ): of each scale the sum over its weights; of a weight that of its value, times
     its scale where it has one.
     """
-    threshold = _TTQ * weight.detach().abs().amax(-1, keepdim=True)
-    above, below = weight.detach() > threshold, weight.detach() < -threshold
+    signs = ttq_signs(weight.detach())
+    above, below = signs > 0, signs < 0
     value = up * above - down * below
     factor = torch.where(above, up, torch.where(below, down, torch.ones_like(weight))).detach()
     return value + factor * (weight - weight.detach())
