@@ -228,7 +228,13 @@ tune_options = _all_of(
     ),
     click.option("--batch", type=COUNT, help="Rows in a step. Default: 1 of token ids, 32 of anything else."),
     click.option("--rate", type=float, help="First step of weights, in steps between two codes. Default: 0.02."),
-    click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), default="adamw", show_default=True),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["adamw", "sgd"]),
+        default="adamw",
+        show_default=True,
+        help="Adam with weight decay, or stochastic gradients with momentum.",
+    ),
     click.option(
         "--options", "more", default="", help="More options of the pass, e.g. check=20,patience=3: see 'passes'."
     ),

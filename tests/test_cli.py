@@ -19,7 +19,7 @@ from qcompiler.errors import ModelError
 from qcompiler.scheme import Scheme
 from qcompiler.scheme_plan import Pattern
 
-SUBCOMMANDS = ("bench", "compare", "compile", "inspect", "passes", "schemes")
+SUBCOMMANDS = ("bench", "compare", "compile", "inspect", "passes", "schemes", "tune")
 
 
 def run(command, *arguments):
@@ -263,6 +263,7 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "--seed", 5, "--max-memory", "1.5GiB", "--min-sqnr", 9, "--max-kl", 0.5, "--require-quantized", "--dump-dir",
         "d", "--pipeline", "rtn", "--calibrator", "mse", "--reduce-range", "--bench",
         "--exclude-worst", 2, "--kv-cache", "kv4", "--float16", "--checkpoint", "k", "--custom-ops", "never",
+        "--labels", "y.npy",
     )  # fmt: skip
     config = seen["config"]
     assert (seen["model"], seen["output"], seen["pipeline"]) == (Path("m.onnx"), Path("o.onnx"), "rtn")
@@ -276,6 +277,7 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "max_memory": 3 << 29, "verify": True, "min_sqnr_db": 9.0, "max_kl": 0.5, "require_quantized": True,
         "dump_dir": Path("d"), "calibrator": "mse", "reduce_range": True, "bench": True,
         "exclude_worst": 2, "kv_cache": "kv4", "float16": True, "checkpoint": Path("k"), "custom_ops": "never",
+        "labels": Path("y.npy"),
     }  # fmt: skip
     assert {name: getattr(config, name) for name in given} == given
     # Which do not go with each other, or with algorithms.

@@ -5,6 +5,7 @@ import pytest
 
 from qcompiler.absorbing import anchor_of, behind_scalars, scalar_step
 from qcompiler.passes import load
+from qcompiler.session import saturates
 from tests.builders import apply, context, normal, only, parse, run, text_of
 from tests.integer_models import executed
 
@@ -189,7 +190,7 @@ def test_ranges_are_chosen_so_that_it_works_and_kernels_are_integer():
     model = parse(f"g (float[B,32,8,8] x) => (float[B,32,8,8] y) {{ {body} }}", weights, opset=13)
     data = [{"x": normal((1, 32, 8, 8), 20 + i)} for i in range(4)]
     (want,) = run(model, data[0])
-    ctx = context(scheme="w8a8", batches=data)
+    ctx = context(scheme="w8a8", batches=data, reduce_range=saturates())
     steps = "canonicalize assign_scheme rtn raise_opset insert_qdq absorb_scales export_qdq cleanup"
     for name in steps.split():
         apply(name, model, ctx)

@@ -65,7 +65,7 @@ METHODS = [
     ("lsq", "w2a2", "Relu(a)"),
     ("lsq", "w3a3", "Tanh(a)"),
     ("pact", "w2a2", "Relu(a)"),
-    ("pact", "w3a3", "Tanh(a)"),
+    ("pact", "w2a2", "Tanh(a)"),
     ("twn", "w1.58a8-static", "Relu(a)"),
     ("ttq", "w8a8", "Relu(a)"),
     ("ttq", "w4a8-static", "Tanh(a)"),
@@ -160,7 +160,7 @@ def test_labels_are_learned():
     ctx.calibration.labels = labels
     records = trained(model, ctx, steps=80, rate=0.05, scale_rate=0.02)
     before, after = losses(records)
-    assert after < 0.6 * before
+    assert after < 0.75 * before
     assert "nats" in records[0].reason
 
 
