@@ -81,16 +81,17 @@ class Progress:
         self._started: dict[str, float] = {}
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        """Report that `done` of `total` steps of `label` are finished."""
-        started = self._started.setdefault(label, time.monotonic())
-        if label not in self._tasks:
+        """Report that `done` of `total` steps of `label` are finished; behind a comma it may say how they go."""
+        name = label.partition(",")[0]
+        started = self._started.setdefault(name, time.monotonic())
+        if name not in self._tasks:
             if time.monotonic() - started < _PATIENCE_SECONDS:
                 return
             self._bar.start()
-            self._tasks[label] = self._bar.add_task(label, total=total)
-        self._bar.update(self._tasks[label], completed=done, total=total)
+            self._tasks[name] = self._bar.add_task(label, total=total)
+        self._bar.update(self._tasks[name], description=label, completed=done, total=total)
         if done >= total:
-            self._bar.remove_task(self._tasks.pop(label))
+            self._bar.remove_task(self._tasks.pop(name))
 
     def __enter__(self) -> "Progress":
         return self

@@ -128,13 +128,13 @@ def test_passes_lists_every_pass_with_its_options():
 # --- progress and logs ------------------------------------------------------------------------------------------------
 
 
-def advance(monkeypatch, **options):
+def advance(monkeypatch, label="gptq", **options):
     """Report ten steps of a second each, and return what that printed on a terminal or none."""
     clock = iter(range(100))
     monkeypatch.setattr(cli_output.time, "monotonic", lambda: float(next(clock)))
     with cli_output.Progress(**options) as progress:
         for done in range(11):
-            progress("gptq", done, 10)
+            progress(label.format(done), done, 10)
 
 
 def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
@@ -147,6 +147,12 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "gptq" in shown.err
+
+
+def test_progress_says_how_it_goes_in_one_bar(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    advance(monkeypatch, "tune, loss 0.{}")
+    assert "tune, loss 0." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
