@@ -68,4 +68,5 @@ def _describe_activations(scheme: "Scheme", activations: "Activations", config: 
     codes = activations.spec(signed=IntegerRules.of(config.target, fp8=activations.fp8).signed)
     when = f"computed for each {activations.granularity} at run time" if activations.dynamic else "static"
     zero = "symmetric" if activations.symmetric else "asymmetric"
-    return f"one scale for each {owner}, symmetric, {codes.dtype.name} activations, {when}, {zero}"
+    kind = str(codes).removesuffix("-sym")
+    return f"one scale for each {owner}, symmetric, {kind} activations, {when}, {zero}"
