@@ -68,5 +68,5 @@ def _describe_activations(scheme: "Scheme", activations: "Activations", config: 
     codes = activations.spec(signed=IntegerRules.of(config.target, fp8=activations.fp8).signed)
     when = f"computed for each {activations.granularity} at run time" if activations.dynamic else "static"
     zero = "symmetric" if activations.symmetric else "asymmetric"
-    kind = str(codes).removesuffix("-sym")
+    kind = str(codes).removesuffix("-sym") if codes.narrow and not codes.fp8 else codes.dtype.name
     return f"one scale for each {owner}, symmetric, {kind} activations, {when}, {zero}"
