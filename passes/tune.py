@@ -74,7 +74,10 @@ class Options:
     batch: int = field(default=0, metadata={"help": "rows in a step; 0: 1 of token ids, else 32"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients make a step"})
     rate: float = field(default=0.02, metadata={"help": "first step of weights, in codes; for sgd a factor of slopes"})
-    scale_rate: float = field(default=0.002, metadata={"help": "first step of scales and vectors, as a part of each"})
+    scale_rate: float = field(default=0.0005, metadata={"help": "first step of scales, as a part of each"})
+    vector_rate: float = field(
+        default=0.002, metadata={"help": "first step of gains and biases, as a part of each, and of what is added"}
+    )
     momentum: float = field(default=0.9, metadata={"help": "share of the direction kept from step to step"})
     decay: float = field(default=0.0, metadata={"help": "share of a weight that the first step takes off"})
     optimizer: str = field(default="adamw", metadata={"help": "adamw or sgd"})
@@ -97,7 +100,7 @@ class Options:
                 raise SchemeError(f"pass tune: {name}={getattr(self, name)} has to be at least {least}")
         if self.minutes < 0:
             raise SchemeError(f"pass tune: minutes={self.minutes:g} has to be positive, or 0 for a number of steps")
-        for name in ("rate", "scale_rate", "momentum", "decay"):
+        for name in ("rate", "scale_rate", "vector_rate", "momentum", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SchemeError(f"pass tune: {name}={getattr(self, name):g} is not between 0 and 1")
         for name, known in _CHOICES.items():
@@ -267,7 +270,7 @@ class Tune(QuantPass):
         fast = o.precision == "bfloat16" or (o.precision == "auto" and fast_bfloat16())
         return Settings(
             o.steps, o.accumulate, o.rate, o.scale_rate, o.momentum, self.context.config.seed, self.context.threads,
-            fast, o.schedule, o.decay, o.optimizer == "adamw", o.check, o.patience,
+            fast, o.schedule, o.decay, o.optimizer == "adamw", o.check, o.patience, o.vector_rate,
         )  # fmt: skip
 
     def _direction(self) -> type:

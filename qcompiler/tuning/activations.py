@@ -62,7 +62,7 @@ class LearnedScale(Learned):
 
     def __init__(self, name: str, scale: float, direction: Callable[[], Direction]) -> None:
         """Begin at the calibrated scale."""
-        super().__init__(name, {"step": Parameter(torch.tensor(scale), scale, scale=True)}, direction)
+        super().__init__(name, {"step": Parameter(torch.tensor(scale), scale, kind="scale")}, direction)
 
     def form(self, parameters: Mapping[str, Tensor], *, training: bool) -> Tensor:
         """The scale."""

@@ -33,6 +33,7 @@ class Pace:
         momentum: Share of the direction that is kept from step to step.
         decay: Share of each latent that a step takes off.
         units: Whether rates are distances in units of what moves; else they are factors of slopes.
+        vector_rate: Of float vectors, as a fraction of each; None: as scales.
     """
 
     rate: float
@@ -40,6 +41,13 @@ class Pace:
     momentum: float
     decay: float = 0.0
     units: bool = True
+    vector_rate: float | None = None
+
+    def of(self, kind: str) -> float:
+        """The rate of a kind of parameter: weight, scale or vector."""
+        if kind == "weight":
+            return self.rate
+        return self.scale_rate if kind == "scale" or self.vector_rate is None else self.vector_rate
 
 
 class Direction(ABC):

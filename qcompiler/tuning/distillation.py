@@ -116,7 +116,7 @@ def time_of_step(stages: Sequence[Stage], head: Head, examples: Sequence[Example
             opened = [{weight.name: weight.open() for weight in stage.weights} for stage in stages]
             for at in range(settings.batch):
                 _slopes(stages, head, examples[at % len(examples)], settings, opened, 1 / settings.batch, None)
-            standing = replace(settings.pace(0), rate=0.0, scale_rate=0.0, decay=0.0)
+            standing = replace(settings.pace(0), rate=0.0, scale_rate=0.0, vector_rate=0.0, decay=0.0)
             for weight in _weights(stages):
                 before = weight.state()
                 kept = {name: array.copy() for name, array in before.items()}

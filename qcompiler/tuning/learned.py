@@ -25,12 +25,12 @@ class Parameter:
     Attributes:
         tensor: float32, changed in place.
         unit: What a direction of 1 is worth: the step between two codes for weights, the first value for scales.
-        scale: Whether it moves at the rate of scales, and does not decay.
+        kind: Which rate it moves at: weight, scale or vector; weights alone decay.
     """
 
     tensor: Tensor
     unit: Tensor | float
-    scale: bool = False
+    kind: str = "weight"
 
 
 class Learned(ABC):
@@ -87,11 +87,10 @@ class Learned(ABC):
             slope = leaves[key].grad
             if slope is None:
                 continue
-            if not each.scale and pace.decay:
+            if each.kind == "weight" and pace.decay:
                 each.tensor.mul_(1 - pace.decay)
             direction = self._directions[key](slope, pace.momentum)
-            rate = pace.scale_rate if each.scale else pace.rate
-            each.tensor.sub_(direction * each.unit if pace.units else direction, alpha=rate)
+            each.tensor.sub_(direction * each.unit if pace.units else direction, alpha=pace.of(each.kind))
         self.steps += 1
         self.settle()
 

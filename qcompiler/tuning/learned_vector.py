@@ -28,7 +28,7 @@ class LearnedVector(Learned):
         """Begin at `values`."""
         tensor = torch.from_numpy(np.array(values, np.float32))
         unit = unit or float(tensor.square().mean().sqrt()) or 1.0
-        super().__init__(name, {"values": Parameter(tensor, unit, scale=True)}, direction)
+        super().__init__(name, {"values": Parameter(tensor, unit, kind="vector")}, direction)
 
     @property
     def values(self) -> np.ndarray:

@@ -49,7 +49,7 @@ class LearnedStep(TrainedWeight):
         """The step begins where the quantized weight has it."""
         del latent
         step = self.first.abs()
-        return {self.STEP: Parameter(step, step.clone(), scale=True)}
+        return {self.STEP: Parameter(step, step.clone(), kind="scale")}
 
     def trained(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Fake quantization with gradients of both."""
@@ -163,7 +163,7 @@ class TrainedTernary(TrainedWeight):
         used = latent.abs() > ternary.TTQ_SHARE * latent.abs().amax(-1, keepdim=True)
         mean = (latent.abs() * used).sum(-1, keepdim=True) / used.sum(-1, keepdim=True).clamp(min=1)
         mean = mean.clamp(min=1e-8)
-        return {name: Parameter(mean.clone(), mean.clone(), scale=True) for name in (self.UP, self.DOWN)}
+        return {name: Parameter(mean.clone(), mean.clone(), kind="scale") for name in (self.UP, self.DOWN)}
 
     def trained(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The ternary weight, whose levels are those of the codes."""

@@ -63,6 +63,7 @@ class Settings:
         schedule: How rates fall: linear or cosine, to zero, or constant.
         decay: Share of a latent that the first step takes off.
         units: Whether rates are distances (see `directions.Pace`).
+        vector_rate: First step of float vectors; None: as of scales.
         check: Steps between looks at the held-out loss, after which the best result is kept; 0: only at the end.
         patience: Looks without a better result after which descent stops; 0: none.
     """
@@ -80,6 +81,7 @@ class Settings:
     units: bool = True
     check: int = 0
     patience: int = 0
+    vector_rate: float | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,7 +92,9 @@ class Settings:
         """How far a step goes, 0 being the first."""
         done = step / self.steps
         share = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[self.schedule]
-        return Pace(self.rate * share, self.scale_rate * share, self.momentum, self.decay * share, self.units)
+        of_vectors = None if self.vector_rate is None else self.vector_rate * share
+        decay = self.decay * share
+        return Pace(self.rate * share, self.scale_rate * share, self.momentum, decay, self.units, of_vectors)
 
 
 @dataclass(frozen=True)

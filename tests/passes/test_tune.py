@@ -168,7 +168,9 @@ def test_labels_are_learned():
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_optimizers_and_schedules(optimizer, schedule):
     model, ctx = prepared("w2a2", images())
-    rates = {"adamw": {"rate": 0.01}, "sgd": {"rate": 0.01, "scale_rate": 0.001, "decay": 0.001}}[optimizer]
+    rates = {"adamw": {"rate": 0.01}, "sgd": {"rate": 0.01, "scale_rate": 0.001, "vector_rate": 0.001, "decay": 0.001}}[
+        optimizer
+    ]
     before, after = losses(trained(model, ctx, optimizer=optimizer, schedule=schedule, accumulate=2, **rates))
     assert after < 0.9 * before
 

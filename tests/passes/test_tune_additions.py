@@ -53,7 +53,7 @@ def test_bitfit_trains_biases_alone():
     model, ctx = prepared(data)
     before = {site.name: site.quantized.codes() for site in find_sites(model)[0] if site.quantized is not None}
     start = nats(model, data[0])
-    records = apply("tune", model, ctx, method="bitfit", loss="next", steps=60, batch=4, scale_rate=0.05).records
+    records = apply("tune", model, ctx, method="bitfit", loss="next", steps=60, batch=4, vector_rate=0.05).records
     assert losses(records)[1] < losses(records)[0] - 0.2
     assert nats(model, data[0]) < start - 0.2
     for site in find_sites(model)[0]:
@@ -77,7 +77,9 @@ def test_adapters_beside_weights_that_stay(scheme):
     quantized(model, ctx, "codebook" if "nf4" in scheme else "rtn")
     codes = {site.name: site.quantized.codes() for site in find_sites(model)[0] if site.quantized is not None}
     start = nats(model, data[0])
-    records = apply("tune", model, ctx, method="qlora", loss="next", steps=60, batch=4, rank=4, scale_rate=0.02).records
+    records = apply(
+        "tune", model, ctx, method="qlora", loss="next", steps=60, batch=4, rank=4, vector_rate=0.02
+    ).records
     assert losses(records)[1] < losses(records)[0] - 0.5
     assert nats(model, data[0]) < start - 0.5
     for site in find_sites(model)[0]:
@@ -92,7 +94,7 @@ def test_adapters_are_a_file_that_switches_the_model(tmp_path):
 
     data = text()
     shared = {"plan": PLAN, "verify": False, "threads": 1}
-    options = "method=qlora,loss=next,steps=40,batch=4,rank=4,scale_rate=0.02,held_out=1"
+    options = "method=qlora,loss=next,steps=40,batch=4,rank=4,vector_rate=0.02,held_out=1"
     results = {}
     for export in ("adapter", "nodes"):
         path = tmp_path / f"{export}.onnx"
@@ -123,7 +125,7 @@ def test_merged_adapters_leave_no_trace_but_other_codes():
     data = text()
     model, ctx = prepared(data, SchemePlan(Scheme.parse("w8a16-g16"), None, None))
     count, start = len(model.graph), nats(model, data[0])
-    options = {"loss": "next", "steps": 60, "batch": 4, "rank": 4, "scale_rate": 0.02, "export": "merged"}
+    options = {"loss": "next", "steps": 60, "batch": 4, "rank": 4, "vector_rate": 0.02, "export": "merged"}
     apply("tune", model, ctx, method="qlora", **options)
     assert len(model.graph) == count
     assert not any("lora" in name for name in model.graph.initializers)
@@ -136,6 +138,6 @@ def test_what_does_not_help_is_taken_out_again(method):
     data = token_batches(6, 4, 24, vocabulary=64, seed=3)
     model, ctx = prepared(data)
     before = serialized(model)
-    records = apply("tune", model, ctx, method=method, steps=2, scale_rate=1.0, schedule="constant").records
+    records = apply("tune", model, ctx, method=method, steps=2, vector_rate=1.0, schedule="constant").records
     assert all("did not lower the loss" in record.reason for record in records)
     assert serialized(model) == before
