@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peers.environments import run
-from benchmarks.rows import collect, markdown, row_options
+from benchmarks.rows import collect, conclude, markdown, row_options
 from benchmarks.run_all import compile_command
 from benchmarks.yardstick import CausalLM, score
 from qcompiler.kernels.library import library_path
@@ -174,11 +174,7 @@ def main() -> None:
         sys.exit("the library of operators is not built; python -m qcompiler.kernels.build makes it")
     with tempfile.TemporaryDirectory() as work:
         results = collect(ways(args.bench, Path(work)), args.only, args.save)
-    print(table(results))
-    problems = list(failures(results))
-    for problem in problems:
-        print(f"FAILS: {problem}")
-    sys.exit(bool(problems))
+    conclude(table(results), failures(results))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-__all__ = ["collect", "markdown", "row_options"]
+__all__ = ["collect", "conclude", "markdown", "row_options"]
 
 _Row = TypeVar("_Row", bound=Any)  # a dataclass
 
@@ -42,6 +42,15 @@ def collect(todo: Iterable[tuple[str, Callable[[], _Row]]], only: str, save: Pat
             with save.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(asdict(rows[-1])) + "\n")
     return rows
+
+
+def conclude(table: str, failures: Iterable[str]) -> NoReturn:
+    """Print a table and what is not as it should be; exit with 1 if anything is."""
+    print(table)
+    problems = list(failures)
+    for problem in problems:
+        print(f"FAILS: {problem}")
+    sys.exit(bool(problems))
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]], texts: int) -> str:

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.peers.environments import run
-from benchmarks.rows import collect, markdown, row_options
+from benchmarks.rows import collect, conclude, markdown, row_options
 from benchmarks.zoo import digits, efficientnet, minilm
 from benchmarks.zoo.cache import publish, root
 
@@ -190,11 +190,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="of the compiler (default: all cores)")
     args = parser.parse_args()
     results = collect(ways(args.threads), args.only, args.save)
-    print(table(results))
-    wrong = list(failures(results))
-    for failure in wrong:
-        print(f"FAILS: {failure}")
-    sys.exit(bool(wrong))
+    conclude(table(results), failures(results))
 
 
 if __name__ == "__main__":

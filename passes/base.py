@@ -18,7 +18,7 @@ from qcompiler.graph import SCHEME_KEY, SPARSE_KEY, Site, read_weight, write_wei
 from qcompiler.numerics.affine import Grid, WeightSpec
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.observing import Collector, observe
-from qcompiler.options import NoOptions, parse_options
+from qcompiler.options import NoOptions, check_options, parse_options
 from qcompiler.quantized import Quantized
 from qcompiler.records import SiteRecord
 from qcompiler.scheme import Activations, Scheme
@@ -37,6 +37,7 @@ __all__ = [
     "Stage",
     "WeightQuantizer",
     "assigned_sites",
+    "check_options",
     "explicit_activations",
     "planned_sites",
     "quantizes_activations",

@@ -26,7 +26,14 @@ from qcompiler.errors import CalibrationError, SchemeError
 from qcompiler.extras import require_torch
 from qcompiler.graph import Site
 from qcompiler.numerics.affine import WeightSpec, clip_grid, quantize
-from qcompiler.passes.base import QuantPassResult, WeightQuantizer, assigned_sites, planned_sites, scheme_text
+from qcompiler.passes.base import (
+    QuantPassResult,
+    WeightQuantizer,
+    assigned_sites,
+    check_options,
+    planned_sites,
+    scheme_text,
+)
 from qcompiler.quantized import Quantized
 from qcompiler.records import SiteRecord
 from qcompiler.scratch import Scratch
@@ -70,12 +77,9 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        for name, least in (("steps", 0), ("distill", 0), ("batch", 1), ("held_out", 1), ("narrow", 1)):
-            if getattr(self, name) < least:
-                raise SchemeError(f"pass learned_rounding: {name}={getattr(self, name)} has to be at least {least}")
-        for name in ("rate", "scale_rate", "distill_rate", "distill_scale_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SchemeError(f"pass learned_rounding: {name}={getattr(self, name):g} is not between 0 and 1")
+        least = {"steps": 0, "distill": 0, "batch": 1, "held_out": 1, "narrow": 1}
+        rates = ("rate", "scale_rate", "distill_rate", "distill_scale_rate")
+        check_options("learned_rounding", self, least=least, shares=rates)
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise SchemeError(
                 f"pass learned_rounding: precision={self.precision} is unknown; choose auto, float32 or bfloat16"

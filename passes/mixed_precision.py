@@ -31,13 +31,13 @@ import onnx_ir as ir
 
 from qcompiler.checkpoints import Arrays, code_version, digest_of
 from qcompiler.config import CompileConfig
-from qcompiler.errors import CalibrationError, ModelError, PassError, SchemeError
+from qcompiler.errors import CalibrationError, ModelError, PassError
 from qcompiler.graph import SCHEME_KEY, Site
 from qcompiler.mixing import UNITS, MixedSite, Unit, fixed_bytes, formats_of, units_of
 from qcompiler.mixing_heads import CutLayer, cut_heads, join_heads
 from qcompiler.mixing_trials import Trials
 from qcompiler.numerics.allocation import Choice, allocate, cheapest, efficient, frontier, swapped, totals
-from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, assigned_sites, site_scheme
+from qcompiler.passes.base import QuantPass, QuantPassResult, Stage, assigned_sites, check_options, site_scheme
 from qcompiler.records import SiteRecord
 from qcompiler.scratch import Scratch
 from qcompiler.segments import constants_of, whole_model
@@ -74,16 +74,9 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        for name in ("rows", "batches", "probes", "tokens", "trials"):
-            if getattr(self, name) < 1:
-                raise SchemeError(f"pass mixed_precision: {name}={getattr(self, name)} has to be at least 1")
-        if self.swaps < 0:
-            raise SchemeError(f"pass mixed_precision: swaps={self.swaps} has to be at least 0")
-        for name, known in (("units", UNITS), ("sensitivity", _SENSITIVITIES)):
-            if getattr(self, name) not in known:
-                raise SchemeError(
-                    f"pass mixed_precision: {name}={getattr(self, name)} is unknown; choose one of {', '.join(known)}"
-                )
+        counts = dict.fromkeys(("rows", "batches", "probes", "tokens", "trials"), 1)
+        choices = {"units": UNITS, "sensitivity": _SENSITIVITIES}
+        check_options("mixed_precision", self, least={**counts, "swaps": 0}, choices=choices)
 
 
 class MixedPrecision(QuantPass):

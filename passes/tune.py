@@ -32,21 +32,29 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.adapters import Additions, adapters_to_inputs, merge_adapter
-from qcompiler.blocks import plan_blocks
+from qcompiler.blocks import plan_blocks, split_rows
 from qcompiler.checkpoints import Periodic, digest_of
 from qcompiler.config import CompileConfig
 from qcompiler.errors import CalibrationError, SchemeError
 from qcompiler.extras import require_torch
-from qcompiler.graph import Site, write_weight
-from qcompiler.passes.base import WEIGHTS, QuantPass, QuantPassResult, Stage, planned_sites, scheme_text, site_spec
+from qcompiler.graph import Site
+from qcompiler.passes.base import (
+    WEIGHTS,
+    QuantPass,
+    QuantPassResult,
+    Stage,
+    check_options,
+    planned_sites,
+    scheme_text,
+)
 from qcompiler.records import SiteRecord
 from qcompiler.scratch import Scratch
-from qcompiler.segments import Segment, constants_of
+from qcompiler.segments import Segment, constants_of, whole_model
 from qcompiler.sites import find_sites
 from qcompiler.waypoints import Waypoints
 
 if TYPE_CHECKING:
-    from qcompiler.tuning import Lessons, Settings, Student
+    from qcompiler.tuning import Lessons, Method, Settings, Student
 
 __all__ = ["Tune"]
 
@@ -94,20 +102,12 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        least_of = {"steps": 1, "rows": 0, "batch": 0, "accumulate": 1, "rank": 1, "held_out": 1, "check": 0}
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise SchemeError(f"pass tune: {name}={getattr(self, name)} has to be at least {least}")
+        least = {"steps": 1, "rows": 0, "batch": 0, "accumulate": 1, "rank": 1}
+        least |= {"held_out": 1, "check": 0, "patience": 0}
+        shares = ("rate", "scale_rate", "vector_rate", "momentum", "decay")
         if self.minutes < 0:
             raise SchemeError(f"pass tune: minutes={self.minutes:g} has to be positive, or 0 for a number of steps")
-        for name in ("rate", "scale_rate", "vector_rate", "momentum", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SchemeError(f"pass tune: {name}={getattr(self, name):g} is not between 0 and 1")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise SchemeError(
-                    f"pass tune: {name}={getattr(self, name)} is unknown; choose one of {', '.join(known)}"
-                )
+        check_options("tune", self, least=least, shares=shares, choices=_CHOICES)
 
 
 class Tune(QuantPass):
@@ -128,18 +128,15 @@ class Tune(QuantPass):
         if self.options.method not in METHODS:
             raise SchemeError(f"pass tune: method={self.options.method} is unknown; choose one of {', '.join(METHODS)}")
         method = METHODS[self.options.method]
-        found = planned_sites(model)
-        if method.weights is None:
-            problems = {site: addition_problem(site) for site in found}
-        else:
-            problems = {site: tuning_problem(site, whole=True) for site in found}
-        for site in problems:
-            problems[site] = problems[site] or _wrong_format(site, method.formats, self.options.method)
+        problems = {}
+        for site in planned_sites(model):
+            found = addition_problem(site) if method.weights is None else tuning_problem(site, whole=True)
+            problems[site] = found or self._wrong_format(site, method)
         records = [self._skipped(site, problem) for site, problem in problems.items() if problem]
         sites = [site for site, problem in problems.items() if not problem]
         if not sites:
             return QuantPassResult(model, False, tuple(records))
-        added = Additions.of(model, sites, method.adds, self.options.rank, self.context.config.seed, self.name)
+        added = Additions.of(sites, method.adds, self.options.rank, self.context.config.seed, self.name)
         with Scratch(_share(self.context.config)) as scratch:
             records += self._train(model, sites, scratch, added)
         return QuantPassResult(model, any(each.action != "skipped" for each in records), tuple(records))
@@ -149,16 +146,17 @@ class Tune(QuantPass):
 
         method, options = METHODS[self.options.method], self.options
         blocks = self._blocks(model, sites)
-        name = self._loss(model, blocks)
+        data = self._data()
+        name = self._loss(model, blocks, data.labels)
         settings = self._settings()
         seed, constants = self.context.config.seed, added.constants
         student = Student.of(
             model, sites, blocks, method, LOSSES[name], self._direction(), settings.dtype, seed, constants
         )
-        learn, judge = self._lessons(student, LOSSES[name].taught, scratch)
+        learn, judge = self._lessons(student, LOSSES[name].taught, data, scratch)
         if self.options.minutes:
             settings = replace(settings, steps=self._steps(student, learn, settings))
-        key = self._key(model, name, settings)
+        key = self._key(model, name, settings, data)
         store = self.context.checkpoints
         state = Periodic(store, digest_of("state", key), _SECONDS) if store is not None else None
 
@@ -188,8 +186,7 @@ class Tune(QuantPass):
         how = f"trained by {options.method}, {settings.steps} steps, {LOSSES[name].unit} {before:.4g} -> {after:.4g}"
         if added.branches:
             how += self._export(model, added)
-            records = [SiteRecord(site.name, "quantized", scheme_text(site), how, figures) for site in sites]
-            return records
+            return [SiteRecord(site.name, "quantized", scheme_text(site), how, figures) for site, _ in added.branches]
         records = [SiteRecord(s.name, "quantized", scheme_text(s), how, {**f, **figures}) for s, f in each.items()]
         records += [SiteRecord(vector.name, "scaled", "", how, figures) for vector in student.vectors]
         return records + [SiteRecord(v.name or "", "activation", "", f"scale {how}") for v, _ in student.scales]
@@ -198,8 +195,8 @@ class Tune(QuantPass):
         """Leave the adapters in the form that is asked for; returns what to say of it."""
         if self.options.export == "merged":
             for site, branch in added.branches:
-                write_weight(site, *merge_adapter(site, branch), site_spec(site, self.context.config), self.name)
-            return ", merged into the weights"
+                merge_adapter(site, branch, self.name)
+            return ", then merged into the weights and rounded"
         if self.options.export == "adapter":
             self.context.artifacts["onnx_adapter"] = adapters_to_inputs(model, [branch for _, branch in added.branches])
             return ", in an adapter of its own"
@@ -227,15 +224,16 @@ class Tune(QuantPass):
         return [] if whole_problem(model, blocks) else blocks
 
     def _data(self) -> Any:
-        """What is learned from."""
+        """What is learned from, read once."""
+        if self.context.calibration is None:
+            raise CalibrationError("tune learns from data; give --calibration PATH")
         if self.options.rows and self.context.more is not None:
             return self.context.more(self.options.rows)
         return self.context.calibration
 
-    def _loss(self, model: ir.Model, blocks: Sequence[Segment]) -> str:
+    def _loss(self, model: ir.Model, blocks: Sequence[Segment], labels: np.ndarray | None) -> str:
         """The name of the loss."""
-        calibration = self.context.calibration
-        chosen, labels = str(self.options.loss), None if calibration is None else calibration.labels
+        chosen = str(self.options.loss)
         if chosen == "labels" and labels is None:
             raise CalibrationError("pass tune: loss=labels needs labels; give --labels FILE.npy")
         if chosen != "auto":
@@ -245,12 +243,11 @@ class Tune(QuantPass):
         ranks = {len(value.shape) for value in model.graph.outputs if value.shape is not None}
         return "kl" if blocks or ranks == {2} else "mse"
 
-    def _lessons(self, student: "Student", taught: bool, scratch: Scratch) -> "tuple[Lessons, Lessons]":
+    def _lessons(self, student: "Student", taught: bool, data: Any, scratch: Scratch) -> "tuple[Lessons, Lessons]":
         """What to learn from, and what to judge by."""
-        from qcompiler.tuning import Lessons, row_batches, split_rows
+        from qcompiler.tuning import Lessons, row_batches
 
-        calibration = self._data()
-        rows = split_rows([] if calibration is None else calibration.batches)
+        rows = [row for feeds in data.batches for row in split_rows(feeds)]
         tokens = bool(rows) and all(np.issubdtype(array.dtype, np.integer) for array in rows[0].values())
         batches = row_batches(rows, self.options.batch or (1 if tokens else 32), self.context.config.seed)
         if len(batches) <= self.options.held_out:
@@ -258,8 +255,7 @@ class Tune(QuantPass):
                 f"tune needs more than {self.options.held_out} batches of calibration data, as many of which it judges "
                 f"by, and got {len(batches)}; give --calibration PATH with more rows, or tune{{held_out=1,batch=...}}"
             )
-        labels = None if calibration is None else calibration.labels
-        made = Lessons(rows, batches, labels, student.answers if taught else None, scratch)
+        made = Lessons(rows, batches, data.labels, student.answers if taught else None, scratch)
         apart = len(batches) - self.options.held_out
         return made[:apart], made[apart:]
 
@@ -278,35 +274,35 @@ class Tune(QuantPass):
 
         return Adam if self.options.optimizer == "adamw" else Momentum
 
-    def _key(self, model: ir.Model, loss: str, settings: "Settings") -> str:
+    def _key(self, model: ir.Model, loss: str, settings: "Settings", data: Any) -> str:
         """The hash of everything that the result follows from; empty without a folder of checkpoints."""
-        if self.context.checkpoints is None:
+        store = self.context.checkpoints
+        if store is None:
             return ""
-        batches = self._data().batches
-        points = Waypoints(self.context.checkpoints, model, batches, self.context.config.provider, 1)
-        nodes = list(model.graph)
-        inputs = [value.name or "" for value in model.graph.inputs if value.const_value is None]
-        whole = Segment([], nodes, inputs, [value.name or "" for value in model.graph.outputs], [])
-        labels = self._data().labels
-        originals = [digest_of(site.quantized.meta["original"].numpy()) for site in planned_sites(model)
-                     if site.quantized is not None and "original" in site.quantized.meta]  # fmt: skip
-        settled = replace(settings, threads=1)
-        found: str = points.segment(whole, [constants_of(nodes)], str(self), loss, settled, labels, originals)
-        return found
+        points = Waypoints(store, model, data.batches, self.context.config.provider, 1)
+        tensors = [site.quantized for site in planned_sites(model) if site.quantized is not None]
+        originals = [digest_of(each.meta["original"].numpy()) for each in tensors if "original" in each.meta]
+        parts = str(self), loss, replace(settings, threads=1), data.labels, originals
+        return str(points.segment(whole_model(model), [constants_of(list(model.graph))], *parts))
+
+    def _wrong_format(self, site: Site, method: "Method") -> str:
+        """Why a site's codes cannot hold what the method makes of weights, or nothing."""
+        if site.quantized is None:
+            return ""
+        spec, name = site.quantized.spec, self.options.method
+        if method.formats == "ternary" and not (spec.bits == 2 and spec.symmetric):
+            return f"{name} makes weights of two or three values; give it a scheme w1.58"
+        if method.formats == "wide" and spec.bits not in (4, 8):
+            return f"{name} has two levels, which codes of 4 or 8 bits hold; give it w8 or w4"
+        if method.adds == "adapters" and self.options.export == "merged":
+            if spec.vector or spec.fp8:
+                return "adapters are merged into integer codes alone; take export=nodes or export=adapter"
+            if "original" not in site.quantized.meta:
+                return "its float weight is gone, into which its adapter would be merged"
+        return ""
 
     def _skipped(self, site: Site, problem: str) -> SiteRecord:
         return SiteRecord(site.name, "skipped", scheme_text(site), f"not trained: {problem}")
-
-
-def _wrong_format(site: Site, formats: str, method: str) -> str:
-    """Why a site's codes cannot hold what a method makes of weights, or nothing."""
-    if site.quantized is None or not formats:
-        return ""
-    spec = site.quantized.spec
-    if formats == "ternary":
-        fits = spec.bits == 2 and spec.symmetric
-        return "" if fits else f"{method} makes weights of two or three values; give it a scheme w1.58"
-    return "" if spec.bits in (4, 8) else f"{method} has two levels, which codes of 4 or 8 bits hold; give it w8 or w4"
 
 
 def _share(config: CompileConfig) -> int | None:

@@ -12,12 +12,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.branches import Branch, add_branch, remove_branch
-from qcompiler.graph import Site, constant_array, original_weight
+from qcompiler.graph import Site, constant_array, original_weight, write_weight
 from qcompiler.layers import bias_place, constant_add, remove_bias
-from qcompiler.numerics.affine import Grid, quantize
+from qcompiler.numerics.affine import quantize
 from qcompiler.quantized import from_stored
 
-__all__ = ["Additions", "adapters_to_inputs", "add_adapters", "add_biases", "merge_adapter"]
+__all__ = ["Additions", "adapters_to_inputs", "merge_adapter"]
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,14 @@ class Additions:
     biases: list[ir.Node]
 
     @classmethod
-    def of(cls, model: ir.Model, sites: Sequence[Site], kind: str, rank: int, seed: int, pass_name: str) -> "Additions":
-        """Add "biases", "adapters" or "" nothing to sites."""
-        del model
+    def of(cls, sites: Sequence[Site], kind: str, rank: int, seed: int, pass_name: str) -> "Additions":
+        """Add "biases", "adapters" or, with an empty text, nothing to sites."""
+        made = cls({}, [], [])
         if kind == "biases":
-            return cls(*add_biases(sites, pass_name))
-        if kind != "adapters":
-            return cls({}, [], [])
-        fit = [site for site in sites if not site.not_linear]
-        branches = add_adapters(fit, rank, seed, pass_name)
-        values = [value for branch in branches for value in (branch.inner, branch.outer)]
-        constants = {value.name or "": constant_array(value) for value in values}
-        return cls(constants, list(zip(fit, branches, strict=True)), [])
+            made._add_biases(sites, pass_name)
+        elif kind == "adapters":
+            made._add_adapters(sites, rank, seed, pass_name)
+        return made
 
     def remove(self) -> None:
         """Take it out again."""
@@ -55,33 +51,33 @@ class Additions:
         for add in self.biases:
             remove_bias(add)
 
+    def _add_biases(self, sites: Sequence[Site], pass_name: str) -> None:
+        """Give every MatMul that has none a bias of zeros."""
+        for site in sites:
+            if site.node.op_type != "MatMul" or constant_add(site.node) is not None:
+                continue
+            node, index = bias_place(site, pass_name)
+            self._learn(node.inputs[index])
+            self.biases.append(node)
 
-def add_biases(
-    sites: Sequence[Site], pass_name: str
-) -> tuple[dict[str, np.ndarray], list[tuple[Site, Branch]], list[ir.Node]]:
-    """Give every MatMul that has none a bias of zeros: constants, no branches, and the nodes that add them."""
-    found: dict[str, np.ndarray] = {}
-    nodes: list[ir.Node] = []
-    for site in sites:
-        if site.node.op_type != "MatMul" or site.nested or constant_add(site.node) is not None:
-            continue
-        node, index = bias_place(site, pass_name)
-        value = node.inputs[index]
+    def _add_adapters(self, sites: Sequence[Site], rank: int, seed: int, pass_name: str) -> None:
+        """Put an adapter beside each product: A uniform with the variance 1 / (3 K), B zero."""
+        generator = np.random.default_rng(seed)
+        for site in sites:
+            if site.not_linear:
+                continue
+            reach = site.columns**-0.5
+            inner = generator.uniform(-reach, reach, (rank, site.columns)).astype(np.float32)
+            outer = np.zeros((site.rows, rank), np.float32)
+            branch = add_branch(site, inner, outer, pass_name, "lora")
+            self.branches.append((site, branch))
+            self._learn(branch.inner)
+            self._learn(branch.outer)
+
+    def _learn(self, value: ir.Value | None) -> None:
         assert value is not None
-        found[value.name or ""] = constant_array(value)
-        nodes.append(node)
-    return found, [], nodes
-
-
-def add_adapters(sites: Sequence[Site], rank: int, seed: int, pass_name: str) -> list[Branch]:
-    """Put an adapter beside each site: A uniform with the variance 1 / (3 K), B zero."""
-    generator = np.random.default_rng(seed)
-    branches = []
-    for site in sites:
-        reach = site.columns**-0.5
-        inner = generator.uniform(-reach, reach, (rank, site.columns)).astype(np.float32)
-        branches.append(add_branch(site, inner, np.zeros((site.rows, rank), np.float32), pass_name, "lora"))
-    return branches
+        assert value.name
+        self.constants[value.name] = constant_array(value)
 
 
 def adapters_to_inputs(model: ir.Model, branches: Sequence[Branch]) -> dict[str, np.ndarray]:
@@ -101,18 +97,12 @@ def adapters_to_inputs(model: ir.Model, branches: Sequence[Branch]) -> dict[str,
     return found
 
 
-def merge_adapter(site: Site, branch: Branch) -> tuple[np.ndarray, Grid]:
-    """Codes and grid of a quantized site's float weight with its adapter in it, rounded to nearest on the same grid.
-
-    The branch is taken out, and the float weight is replaced.
-    """
+def merge_adapter(site: Site, branch: Branch, pass_name: str) -> None:
+    """Round a site's float weight with its adapter in it to the nearest codes of its grid, and take the branch out."""
     tensor = site.quantized
     assert tensor is not None
     layout = "KN" if branch.products[0].op_type == "MatMul" else "N:1"
     inner, outer = (from_stored(constant_array(value), layout) for value in (branch.inner, branch.outer))
     weight = original_weight(site) + outer.astype(np.float32) @ inner.astype(np.float32)
-    scale = tensor.scale.astype(np.float32)
-    zero = np.full_like(scale, tensor.spec.format.mid) if tensor.zero_point is None else tensor.zero_point
-    grid = Grid(scale, zero.astype(np.float32))
     remove_branch(branch)
-    return quantize(weight, grid, tensor.spec), grid
+    write_weight(site, quantize(weight, tensor.grid, tensor.spec), tensor.grid, tensor.spec, pass_name)

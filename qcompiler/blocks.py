@@ -31,6 +31,7 @@ __all__ = [
     "measure_sizes",
     "plan_blocks",
     "single_rows",
+    "split_rows",
 ]
 
 # A boundary counts as narrow up to this many times the narrowest that is near.
@@ -167,17 +168,21 @@ def learned_outputs(block: Segment, sites: Sequence[Site]) -> list[str]:
     return [name for name in block.outputs if name in names]
 
 
+def split_rows(feeds: Feeds) -> list[Feeds]:
+    """A batch row by row, where all inputs have as many rows; else as it is."""
+    counts = {array.shape[0] if array.ndim else 0 for array in feeds.values()}
+    if len(counts) != 1 or not (count := counts.pop()):
+        return [dict(feeds)]
+    return [{name: array[row : row + 1] for name, array in feeds.items()} for row in range(count)]
+
+
 def single_rows(batches: Sequence[Feeds]) -> list[Feeds]:
     """Batches of token ids [B, S] and what goes with them, row by row; others as they are."""
     single: list[Feeds] = []
     for feeds in batches:
-        shapes = {array.shape for array in feeds.values()}
         tokens = all(array.ndim == 2 and np.issubdtype(array.dtype, np.integer) for array in feeds.values())
-        if tokens and len(shapes) == 1:
-            rows = shapes.pop()[0]
-            single += [{name: array[row : row + 1] for name, array in feeds.items()} for row in range(rows)]
-        else:
-            single.append(dict(feeds))
+        alike = tokens and len({array.shape for array in feeds.values()}) == 1
+        single += split_rows(feeds) if alike else [dict(feeds)]
     return single
 
 

@@ -64,6 +64,13 @@ class QuantizedTensor(ir.LazyTensor):
         return len(self.packed)
 
     @property
+    def grid(self) -> Grid:
+        """Scales and zero points float32 ``[N, G]``; the middle code where none are stored."""
+        scale = self.scale.astype(np.float32)
+        zero = np.full_like(scale, self.spec.format.mid) if self.zero_point is None else self.zero_point
+        return Grid(scale, zero.astype(np.float32))
+
+    @property
     def signed(self) -> bool:
         """Whether codes may be stored less their middle; those of 8-bit floats are bits."""
         return self.spec.symmetric and not self.spec.fp8

@@ -64,7 +64,9 @@ class Segment:
 
 def whole_model(model: ir.Model) -> Segment:
     """All nodes as one segment, which has no sites."""
-    return Segment(nodes=list(model.graph), outputs=[value.name or "" for value in model.graph.outputs])
+    inputs = [value.name or "" for value in model.graph.inputs if value.const_value is None]
+    outputs = [value.name or "" for value in model.graph.outputs]
+    return Segment(nodes=list(model.graph), inputs=inputs, outputs=outputs)
 
 
 def read_values(node: ir.Node) -> Iterator[ir.Value]:

@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.calibration import row_mask
-from qcompiler.segments import Segment, chain_parts, segment_model, whole_model
+from qcompiler.segments import Segment, chain_parts, segment_model, segment_parts, whole_model
 from qcompiler.session import Feeds, OrtRunner
 from qcompiler.verify_outputs import Comparison, producers_of_logits
 
@@ -158,9 +158,7 @@ def _is_weight(value: ir.Value) -> bool:
 
 def _producers(model: ir.Model) -> dict[str, str]:
     """See `producers_of_logits`."""
-    whole = whole_model(model)
-    proto, constants = segment_model(model, whole, {})
-    graph = onnx.load_model_from_string(proto).graph
+    proto, fed = segment_parts(model, whole_model(model))
     # To the one who looks for logits, a weight that is fed is a constant.
-    graph.initializer.extend(onnx.TensorProto(name=name) for name in constants)
-    return producers_of_logits(graph)
+    proto.graph.initializer.extend(onnx.TensorProto(name=value.name) for value in fed)
+    return producers_of_logits(proto.graph)

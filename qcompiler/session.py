@@ -82,13 +82,14 @@ def saturates() -> bool:
     """Whether ONNX Runtime adds pairs of 8-bit products in 16 bits here, as on x86 processors without VNNI."""
     import onnx
 
-    left, right = (onnx.helper.make_tensor_value_info("x", 2, [1, 64]), np.full((64, 16), 127, np.int8))
-    weight = onnx.numpy_helper.from_array(right, "w")
-    nodes = [onnx.helper.make_node("MatMulInteger", ["x", "w"], ["y"])]
-    outputs = [onnx.helper.make_tensor_value_info("y", 6, [1, 16])]
-    model = onnx.helper.make_model(
-        onnx.helper.make_graph(nodes, "probe", [left], outputs, [weight]),
-        opset_imports=[onnx.helper.make_opsetid("", 13)],
+    helper, kinds = onnx.helper, onnx.TensorProto
+    nodes = [helper.make_node("MatMulInteger", ["x", "w"], ["y"])]
+    inputs = [helper.make_tensor_value_info("x", kinds.UINT8, [1, 64])]
+    outputs = [helper.make_tensor_value_info("y", kinds.INT32, [1, 16])]
+    weights = [onnx.numpy_helper.from_array(np.full((64, 16), 127, np.int8), "w")]
+    model = helper.make_model(
+        helper.make_graph(nodes, "probe", inputs, outputs, weights),
+        opset_imports=[helper.make_opsetid("", 13)],
         ir_version=8,
     )
     with OrtRunner(model.SerializeToString(), threads=1) as runner:

@@ -17,8 +17,7 @@ paper, ranges of activations came nearer to those of real data:
 Shapes: x_l ``[B, C_l, ...]``; means and deviations ``[C_l]``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from qcompiler.graph import constant_array
 from qcompiler.torch_graph import TorchGraph
+from qcompiler.torch_graph.threads import torch_threads
 
 __all__ = ["Distilled", "Norm", "Settings", "batch_norms", "distil"]
 
@@ -141,7 +141,7 @@ def distil(
     channels = sum(len(norm.mean) for norm in norms)
     parts = np.array_split(np.arange(rows), -(-rows // settings.batch))
     made, losses = [], []
-    with _threads(threads):
+    with torch_threads(threads):
         for number, part in enumerate(parts):
             random = torch.Generator().manual_seed(seed * len(parts) + number)
             noise = _noise((len(part), *shape), random)
@@ -255,13 +255,3 @@ def _bound(rows: Tensor) -> None:
     axes = (0, *range(2, rows.ndim))
     mean, reach = rows.mean(axes, keepdim=True), _REACH * rows.std(axes, correction=0, keepdim=True)
     rows.copy_(torch.minimum(torch.maximum(rows, mean - reach), mean + reach))
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    used = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(used)

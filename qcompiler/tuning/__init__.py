@@ -3,14 +3,14 @@
 from qcompiler.tuning.directions import Adam, Momentum, Pace
 from qcompiler.tuning.distillation import Head, Stage, distill, time_of_step
 from qcompiler.tuning.fisher import fisher_information
-from qcompiler.tuning.learned_vector import LearnedVector
+from qcompiler.tuning.learned_vector import LearnedVector, put_back_vectors
 from qcompiler.tuning.learned_weight import LearnedWeight, Start
-from qcompiler.tuning.lessons import Lessons, row_batches, split_rows
+from qcompiler.tuning.lessons import Lessons, row_batches
 from qcompiler.tuning.losses import LOSSES, Example
 from qcompiler.tuning.rounding import Outcome, Settings, fast_bfloat16, parted, tune_block
 from qcompiler.tuning.sites import addition_problem, outcome_arrays, outcome_of, put_back, start_of, tuning_problem
 from qcompiler.tuning.student import METHODS, Method, Student, put_back_all
-from qcompiler.tuning.whole import learn_whole, put_back_vectors, whole_problem
+from qcompiler.tuning.whole import learn_whole, whole_problem
 
 __all__ = [
     "LOSSES",
@@ -41,7 +41,6 @@ __all__ = [
     "put_back_all",
     "put_back_vectors",
     "row_batches",
-    "split_rows",
     "start_of",
     "time_of_step",
     "tune_block",

@@ -21,11 +21,12 @@ from torch import Tensor
 from qcompiler.checkpoints import Arrays, Periodic
 from qcompiler.torch_graph import TorchGraph
 from qcompiler.torch_graph.dtypes import from_numpy
+from qcompiler.torch_graph.threads import torch_threads
 from qcompiler.tuning.directions import Pace
 from qcompiler.tuning.learned import Learned
 from qcompiler.tuning.learned_weight import LearnedWeight
 from qcompiler.tuning.losses import LOSSES, Example, Loss
-from qcompiler.tuning.rounding import Settings, products, shuffled, torch_threads
+from qcompiler.tuning.rounding import Settings, products, shuffled
 
 __all__ = ["Head", "Stage", "distill", "time_of_step"]
 
@@ -118,8 +119,7 @@ def time_of_step(stages: Sequence[Stage], head: Head, examples: Sequence[Example
                 _slopes(stages, head, examples[at % len(examples)], settings, opened, 1 / settings.batch, None)
             standing = replace(settings.pace(0), rate=0.0, scale_rate=0.0, vector_rate=0.0, decay=0.0)
             for weight in _weights(stages):
-                before = weight.state()
-                kept = {name: array.copy() for name, array in before.items()}
+                kept = {name: array.copy() for name, array in weight.state().items()}
                 weight.step(standing)
                 weight.restore(kept)
             seconds = time.monotonic() - began
@@ -200,27 +200,40 @@ def _slopes(
 
     A model in one stage is run once: what it remembers is as much as running it again would need.
     """
+    if len(stages) == 1:
+        loss = _at_once(stages[0], head, example, settings, opened[0], share)
+        _step(stages[0], pace)
+        return loss
     slopes: _Values = {}
-    single = len(stages) == 1
     with products(settings):
-        boundaries, last = _forward([] if single else stages, opened, example)
-        if single:
-            results = stages[0].graph.run({name: last[name] for name in stages[0].graph.inputs}, opened[0])
-            last = {**{name: last[name] for name in stages[0].carried}, **results}
-        leaves = {name: last[name] for name in head.graph.inputs} if single else _leaves(last, head.graph)
-        loss = _loss(head, leaves, example) * share
-    loss.backward()
-    if not single:
-        _gather(slopes, leaves)
+        boundaries, last = _forward(stages, opened, example)
+        leaves = _leaves(last, head.graph)
+        loss_of_head = _loss(head, leaves, example) * share
+    loss_of_head.backward()
+    _gather(slopes, leaves)
     for stage in reversed(stages):
         values = opened.pop() if pace is not None else opened[len(boundaries) - 1]
-        if not single:
-            _pass_back(stage, boundaries.pop(), values, slopes, settings)
+        _pass_back(stage, boundaries.pop(), values, slopes, settings)
         del values
-        if pace is not None:
-            for weight in stage.weights:
-                weight.step(pace)
+        _step(stage, pace)
+    return float(loss_of_head.detach())
+
+
+def _at_once(stage: Stage, head: Head, example: Example, settings: Settings, values: _Values, share: float) -> float:
+    """Gather the gradients of a share of an example's loss in a model of one stage; returns that share."""
+    feeds = {name: from_numpy(array) for name, array in example.feeds.items()}
+    with products(settings):
+        results = stage.graph.run({name: feeds[name] for name in stage.graph.inputs}, values)
+        loss = _loss(head, {**{name: feeds[name] for name in stage.carried}, **results}, example) * share
+    loss.backward()
     return float(loss.detach())
+
+
+def _step(stage: Stage, pace: Pace | None) -> None:
+    """Move the weights of a stage, if it is time."""
+    if pace is not None:
+        for weight in stage.weights:
+            weight.step(pace)
 
 
 def _pass_back(stage: Stage, boundary: _Values, values: _Values, slopes: _Values, settings: Settings) -> None:
@@ -239,7 +252,7 @@ def _forward(stages: Sequence[Stage], opened: Sequence[_Values], example: Exampl
     boundary = {name: from_numpy(array) for name, array in example.feeds.items()}
     boundaries = []
     with torch.no_grad():
-        for stage, weights in zip(stages, opened, strict=False):
+        for stage, weights in zip(stages, opened, strict=True):
             boundaries.append(boundary)
             results = stage.graph.run({name: boundary[name] for name in stage.graph.inputs}, weights)
             boundary = {**{name: boundary[name] for name in stage.carried}, **results}
@@ -267,7 +280,8 @@ def _loss(head: Head, reads: _Values, example: Example) -> Tensor:
             exact = {name: from_numpy(example.targets[name]) for name in head.graph.inputs}
             return head.graph.run(exact, head.originals)
 
-    return head.loss.function(lambda: head.graph.run(reads), wanted, example)
+    given = {name: reads[name] for name in head.graph.inputs}
+    return head.loss.function(lambda: head.graph.run(given), wanted, example)
 
 
 def _mean(stages: Sequence[Stage], head: Head, examples: Sequence[Example]) -> float:

@@ -37,7 +37,8 @@ from qcompiler.session import Feeds
 from qcompiler.statistics import OutputFacts
 from qcompiler.torch_graph import TorchGraph
 from qcompiler.torch_graph.dtypes import from_numpy
-from qcompiler.tuning.rounding import fast_bfloat16, torch_threads
+from qcompiler.torch_graph.threads import torch_threads
+from qcompiler.tuning.rounding import fast_bfloat16
 
 if TYPE_CHECKING:
     from qcompiler.graph import Site

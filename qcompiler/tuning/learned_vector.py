@@ -3,7 +3,8 @@
 Li et al. 2023, "Norm Tweaking", arXiv:2309.02784, learn the gains of normalizations alone. It costs no bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -13,7 +14,9 @@ from torch import Tensor
 from qcompiler.tuning.directions import Adam, Direction
 from qcompiler.tuning.learned import Learned, Parameter
 
-__all__ = ["LearnedVector", "learnable_vectors"]
+__all__ = ["LearnedVector", "put_back_vectors", "vector_arrays", "vectors_apart"]
+
+_KEY = "vector "
 
 _READERS = {"Add", "LayerNormalization", "Mul", "RMSNormalization", "SimplifiedLayerNormalization"}
 _READERS |= {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Sum"}
@@ -41,7 +44,7 @@ class LearnedVector(Learned):
         return parameters["values"]
 
 
-def learnable_vectors(nodes: Sequence[ir.Node], *, biases: bool = False) -> dict[str, np.ndarray]:
+def _learnable_vectors(nodes: Sequence[ir.Node], *, biases: bool = False) -> dict[str, np.ndarray]:
     """The float32 vectors that only these nodes read, as gains or as biases, or as biases alone, by name."""
     inside = set(nodes)
     found: dict[str, np.ndarray] = {}
@@ -63,3 +66,23 @@ def _learns(node: ir.Node, index: int, *, biases: bool) -> bool:
     if op_type in ("Conv", "ConvTranspose", "Gemm", "LayerNormalization") and index == 2:
         return True
     return op_type in ("Add", "Sum") if biases else op_type in _READERS
+
+
+def vectors_apart(parts: Sequence[Sequence[ir.Node]], *, biases: bool = False) -> list[dict[str, np.ndarray]]:
+    """For each part of a model the vectors that it alone reads, as gains or as biases, or as biases alone, by name."""
+    found = [_learnable_vectors(nodes, biases=biases) for nodes in parts]
+    count = Counter(name for names in found for name in names)
+    return [{name: values for name, values in each.items() if count[name] == 1} for each in found]
+
+
+def vector_arrays(vectors: Iterable[Learned]) -> dict[str, np.ndarray]:
+    """What was learned of initializers, for a checkpoint and for `put_back_vectors`."""
+    return {_KEY + each.name: np.asarray(each.value().numpy()) for each in vectors}
+
+
+def put_back_vectors(model: ir.Model, arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Give the model the initializers of `vector_arrays`; returns their names."""
+    names = [key.removeprefix(_KEY) for key in arrays if key.startswith(_KEY)]
+    for name in names:
+        model.graph.initializers[name].const_value = ir.tensor(np.array(arrays[_KEY + name]), name=name)
+    return names

@@ -10,22 +10,9 @@ from qcompiler.scratch import Scratch
 from qcompiler.session import Feeds
 from qcompiler.tuning.losses import Example
 
-__all__ = ["Lessons", "row_batches", "split_rows"]
+__all__ = ["Lessons", "row_batches"]
 
 Teacher = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-
-
-def split_rows(batches: Sequence[Feeds]) -> list[Feeds]:
-    """Feeds row by row, where all inputs of a batch have as many rows; others as they are."""
-    rows: list[Feeds] = []
-    for feeds in batches:
-        counts = {array.shape[0] if array.ndim else 0 for array in feeds.values()}
-        count = counts.pop() if len(counts) == 1 else 0
-        if count > 1:
-            rows += [{name: array[row : row + 1] for name, array in feeds.items()} for row in range(count)]
-        else:
-            rows.append(dict(feeds))
-    return rows
 
 
 def row_batches(rows: Sequence[Feeds], size: int, seed: int) -> list[list[int]]:
@@ -65,11 +52,9 @@ class Lessons(Sequence[Example]):
         if isinstance(index, slice):
             return Lessons(self._rows, self._batches[index], self._labels, self._teacher, self._scratch)
         chosen = [self._rows[row] for row in self._batches[index]]
-        feeds = (
-            {name: np.concatenate([row[name] for row in chosen]) for name in chosen[0]}
-            if len(chosen) > 1
-            else chosen[0]
-        )
+        feeds = chosen[0]
+        if len(chosen) > 1:
+            feeds = {name: np.concatenate([row[name] for row in chosen]) for name in feeds}
         labels = None if self._labels is None else self._labels[list(self._batches[index])]
         return Example(feeds, self._answers(index, feeds), row_mask(feeds), labels)
 

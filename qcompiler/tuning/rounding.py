@@ -21,7 +21,6 @@ Shapes: weights, latents and codes ``[N, K]``; scales and factors ``[N, G]``.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +30,7 @@ from torch import Tensor
 from qcompiler.numerics.affine import Grid
 from qcompiler.torch_graph import TorchGraph
 from qcompiler.torch_graph.dtypes import from_numpy
+from qcompiler.torch_graph.threads import torch_threads
 from qcompiler.tuning.directions import Pace
 from qcompiler.tuning.learned_weight import LearnedWeight, Start
 from qcompiler.tuning.losses import LOSSES, Example
@@ -42,7 +42,6 @@ __all__ = [
     "parted",
     "products",
     "shuffled",
-    "torch_threads",
     "tune_block",
 ]
 
@@ -163,17 +162,6 @@ def fast_bfloat16() -> bool:
 def products(settings: Settings) -> torch.autocast:
     """Let PyTorch compute products in the precision that the settings ask for."""
     return torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16)
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let PyTorch use a number of threads for a while."""
-    used = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(used)
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:

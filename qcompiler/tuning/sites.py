@@ -13,18 +13,26 @@ from qcompiler.numerics.packing import pack_codes, unpack_codes
 from qcompiler.tuning.learned_weight import Start
 from qcompiler.tuning.rounding import Outcome
 
-__all__ = ["addition_problem", "outcome_arrays", "outcome_of", "put_back", "start_of", "tuning_problem"]
+__all__ = [
+    "addition_problem",
+    "code_arrays",
+    "codes_of",
+    "outcome_arrays",
+    "outcome_of",
+    "put_back",
+    "start_of",
+    "tuning_problem",
+]
 
 # A layer whose output is this many times as wide as what it reads is no part of a block: its targets would not fit.
 _WIDEST = 8
+_PROJECTION = "it projects onto the vocabulary"
 
 
 def tuning_problem(site: Site, *, whole: bool = False) -> str:
     """Why a site cannot be tuned, by itself or with the whole model, or nothing."""
-    if site.nested:
-        return f"inside the body of {site.nested}"
-    if site.role == "embedding":
-        return "a lookup table has no activations"
+    if problem := _place_problem(site):
+        return problem
     if site.quantized is None or "original" not in site.quantized.meta:
         return "its float weight is gone"
     if site.quantized.spec.fp8:
@@ -36,7 +44,7 @@ def tuning_problem(site: Site, *, whole: bool = False) -> str:
     if site.dtype != ir.DataType.FLOAT:
         return f"its weight is {site.dtype.name}, and descent is done in FLOAT"
     if whole:
-        return "it projects onto the vocabulary" if site.role == "lm_head" else ""
+        return _PROJECTION if site.role == "lm_head" else ""
     if site.rows > _WIDEST * site.columns:
         return f"its output is more than {_WIDEST} times as wide as its input"
     return ""
@@ -44,39 +52,51 @@ def tuning_problem(site: Site, *, whole: bool = False) -> str:
 
 def addition_problem(site: Site) -> str:
     """Why nothing can be trained beside a site whose weight stays, or nothing."""
+    if problem := _place_problem(site):
+        return problem
+    if site.dtype != ir.DataType.FLOAT:
+        return f"it is {site.dtype.name}, and descent is done in FLOAT"
+    return _PROJECTION if site.role == "lm_head" else ""
+
+
+def _place_problem(site: Site) -> str:
+    """Why no gradient comes to where a site is, or nothing."""
     if site.nested:
         return f"inside the body of {site.nested}"
-    if site.role == "embedding":
-        return "a lookup table computes no product"
-    if site.role == "lm_head":
-        return "it projects onto the vocabulary"
-    return "" if site.dtype == ir.DataType.FLOAT else f"it is {site.dtype.name}, and descent is done in FLOAT"
+    return "a lookup table has no activations" if site.role == "embedding" else ""
 
 
 def start_of(site: Site) -> Start:
     """A site's weight as it is quantized now."""
     tensor = site.quantized
     assert tensor is not None
-    scale = tensor.scale.astype(np.float32)
-    zero = np.full_like(scale, tensor.spec.format.mid) if tensor.zero_point is None else tensor.zero_point
-    grid = Grid(scale, zero.astype(np.float32))
-    return Start(site.weight.name or "", original_weight(site), tensor.codes(), grid, tensor.spec, site.layout)
+    return Start(site.weight.name or "", original_weight(site), tensor.codes(), tensor.grid, tensor.spec, site.layout)
 
 
 def outcome_arrays(outcome: Outcome, sites: Sequence[Site]) -> Arrays:
     """What was learned of some sites as arrays, for a checkpoint."""
-    found = {"before": np.array(outcome.before), "after": np.array(outcome.after)}
-    for at, (site, codes, grid) in enumerate(zip(sites, outcome.codes, outcome.grids, strict=True)):
-        packed = pack_codes(codes, _bits(site))
-        found.update({f"codes{at}": packed, f"scale{at}": grid.scale, f"zero{at}": grid.zero_point})
-    return found
+    judged = {"before": np.array(outcome.before), "after": np.array(outcome.after)}
+    return {**judged, **code_arrays(sites, outcome.codes, outcome.grids)}
 
 
 def outcome_of(arrays: Mapping[str, np.ndarray], sites: Sequence[Site]) -> Outcome:
     """The reverse of `outcome_arrays`."""
+    return Outcome(*codes_of(arrays, sites), float(arrays["before"]), float(arrays["after"]))
+
+
+def code_arrays(sites: Sequence[Site], codes: Sequence[np.ndarray], grids: Sequence[Grid]) -> Arrays:
+    """Codes and grids of some sites as arrays."""
+    found = {}
+    for at, (site, each, grid) in enumerate(zip(sites, codes, grids, strict=True)):
+        packed = pack_codes(each, _bits(site))
+        found.update({f"codes{at}": packed, f"scale{at}": grid.scale, f"zero{at}": grid.zero_point})
+    return found
+
+
+def codes_of(arrays: Mapping[str, np.ndarray], sites: Sequence[Site]) -> tuple[list[np.ndarray], list[Grid]]:
+    """The reverse of `code_arrays`."""
     codes = [unpack_codes(arrays[f"codes{at}"], _bits(site), site.columns) for at, site in enumerate(sites)]
-    grids = [Grid(arrays[f"scale{at}"], arrays[f"zero{at}"]) for at in range(len(sites))]
-    return Outcome(codes, grids, float(arrays["before"]), float(arrays["after"]))
+    return codes, [Grid(arrays[f"scale{at}"], arrays[f"zero{at}"]) for at in range(len(sites))]
 
 
 def _bits(site: Site) -> int:

@@ -1,6 +1,7 @@
 """A quantized model that learns: its graph in PyTorch with all that a method trains, and the float model in it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,13 @@ from torch import Tensor
 
 from qcompiler.checkpoints import Arrays
 from qcompiler.graph import Site, constant_array
-from qcompiler.numerics.packing import pack_codes, unpack_codes
 from qcompiler.torch_graph import TorchGraph
 from qcompiler.torch_graph.dtypes import from_numpy, to_torch
 from qcompiler.tuning.activations import LearnedScale, Switch, find_quantizers, quantizer_functions
 from qcompiler.tuning.directions import Adam, Direction
 from qcompiler.tuning.distillation import Head, Stage
 from qcompiler.tuning.learned import Learned
-from qcompiler.tuning.learned_vector import LearnedVector, learnable_vectors
+from qcompiler.tuning.learned_vector import LearnedVector, put_back_vectors, vector_arrays, vectors_apart
 from qcompiler.tuning.losses import Loss
 from qcompiler.tuning.method_weights import (
     AbsMean,
@@ -29,8 +29,8 @@ from qcompiler.tuning.method_weights import (
     Ternary,
     TrainedTernary,
     Xnor,
-)  # fmt: skip
-from qcompiler.tuning.sites import put_back, start_of
+)
+from qcompiler.tuning.sites import code_arrays, codes_of, put_back, start_of
 from qcompiler.tuning.trained_weight import TrainedWeight
 
 if TYPE_CHECKING:
@@ -135,27 +135,25 @@ class Student:
             if method.scales or (each.signs and method.weights is not None)
         }
         opsets = model.opset_imports
-        stages, vectors = [], []
-        parts = _parts(model, blocks)
-        by_name: dict[str, Learned] = {each.name: each for _, each in weights}
-        by_name.update((value.name or "", scale) for value, scale in scales.items())
         extra = {name: LearnedVector(name, array, direction, 1.0) for name, array in (added or {}).items()}
-        by_name.update(extra)
-        taken: set[str] = set()
-        for nodes, outputs, carried in parts:
-            own = {} if method.vectors == "none" else learnable_vectors(nodes, biases=method.vectors == "biases")
-            beside = [LearnedVector(name, array, direction) for name, array in own.items() if name not in extra]
-            reads = dict.fromkeys(value.name for node in nodes for value in node.inputs if value is not None)
-            here = [by_name[name] for name in reads if name in by_name and name not in taken]
-            taken.update(each.name for each in here)
+        by_name: dict[str, Learned] = {**{each.name: each for _, each in weights}, **extra}
+        by_name.update((value.name or "", scale) for value, scale in scales.items())
+        if not _apart(blocks, by_name.keys()):
+            blocks = []
+        parts = _parts(model, blocks)
+        own: list[dict[str, np.ndarray]] = [{} for _ in parts]
+        if method.vectors != "none":
+            own = vectors_apart([nodes for nodes, _, _ in parts], biases=method.vectors == "biases")
+        stages, vectors = [], []
+        for (nodes, outputs, carried), found in zip(parts, own, strict=True):
+            beside = [LearnedVector(name, array, direction) for name, array in found.items() if name not in extra]
+            here = [by_name[name] for name in _reads(nodes) if name in by_name]
             vectors += beside
             stages.append(Stage(TorchGraph(nodes, opsets, outputs, functions=functions), carried, [*here, *beside]))
-        if blocks:
-            end = blocks[-1]
-            head = Head(TorchGraph(end.nodes, opsets, end.outputs, functions=functions), _originals(end.sites), loss)
-        else:
-            head = Head(TorchGraph([], opsets, parts[0][1]), {}, loss)
-        return cls(stages, head, switch, _originals(sites), weights, [*vectors, *extra.values()], list(scales.items()))
+        head = _head(model, blocks, loss, functions)
+        opened = {each.name for stage in stages for each in stage.weights}
+        learned = [(value, scale) for value, scale in scales.items() if scale.name in opened]
+        return cls(stages, head, switch, _originals(sites), weights, [*vectors, *extra.values()], learned)
 
     def answers(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the head reads in the float model."""
@@ -173,13 +171,20 @@ class Student:
 
     def arrays(self) -> Arrays:
         """What was learned, as it will be stored."""
-        found: Arrays = {f"vector {each.name}": each.values for each in self.vectors}
-        found.update({f"scale {value.name}": scale.value().numpy() for value, scale in self.scales})
-        for at, (_, weight) in enumerate(self.weights):
-            grid = weight.grid
-            found[f"codes{at}"] = pack_codes(weight.codes, weight.start.spec.bits)
-            found.update({f"scale{at}": grid.scale, f"zero{at}": grid.zero_point})
-        return found
+        sites, weights = [site for site, _ in self.weights], [weight for _, weight in self.weights]
+        codes = code_arrays(sites, [each.codes for each in weights], [each.grid for each in weights])
+        return {**codes, **vector_arrays([*self.vectors, *(scale for _, scale in self.scales)])}
+
+
+def _reads(nodes: Sequence[ir.Node]) -> dict[str, None]:
+    """The names of what nodes read, in order."""
+    return dict.fromkeys(value.name for node in nodes for value in node.inputs if value is not None and value.name)
+
+
+def _apart(blocks: "Sequence[Segment]", names: Iterable[str]) -> bool:
+    """Whether no two blocks read the same of what is learned: each would have to wait for the other's gradient."""
+    count = Counter(name for block in blocks for name in _reads(block.nodes))
+    return all(count[name] <= 1 for name in names)
 
 
 def _parts(model: ir.Model, blocks: "Sequence[Segment]") -> list[tuple[list[ir.Node], list[str], list[str]]]:
@@ -187,6 +192,17 @@ def _parts(model: ir.Model, blocks: "Sequence[Segment]") -> list[tuple[list[ir.N
     if blocks:
         return [(list(block.nodes), block.outputs, block.carried) for block in blocks[:-1]]
     return [(list(model.graph), [value.name or "" for value in model.graph.outputs], [])]
+
+
+def _head(
+    model: ir.Model, blocks: "Sequence[Segment]", loss: Loss, functions: Mapping[ir.Node, Callable[..., Any]]
+) -> Head:
+    """The last block, or nothing behind the outputs of the whole graph."""
+    if not blocks:
+        return Head(TorchGraph([], model.opset_imports, [value.name or "" for value in model.graph.outputs]), {}, loss)
+    end = blocks[-1]
+    graph = TorchGraph(end.nodes, model.opset_imports, end.outputs, functions=functions)
+    return Head(graph, _originals(end.sites), loss)
 
 
 def _originals(sites: Sequence[Site]) -> dict[str, Tensor]:
@@ -199,15 +215,6 @@ def put_back_all(
     model: ir.Model, arrays: Mapping[str, Any], sites: Sequence[Site], name: str
 ) -> dict[Site, dict[str, float]]:
     """Give the model what was learned; returns figures of each site for its record."""
-    from qcompiler.numerics.affine import Grid
-
-    figures = {}
-    for at, site in enumerate(sites):
-        if f"codes{at}" in arrays and site.quantized is not None:
-            codes = unpack_codes(arrays[f"codes{at}"], site.quantized.spec.bits, site.columns)
-            figures[site] = put_back(site, codes, Grid(arrays[f"scale{at}"], arrays[f"zero{at}"]), name)
-    for key, array in arrays.items():
-        kind, _, value = key.partition(" ")
-        if kind in ("vector", "scale") and value:
-            model.graph.initializers[value].const_value = ir.tensor(np.array(array), name=value)
-    return figures
+    put_back_vectors(model, arrays)
+    learned = zip(sites, *codes_of(arrays, sites), strict=True)
+    return {site: put_back(site, codes, grid, name) for site, codes, grid in learned}

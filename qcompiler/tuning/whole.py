@@ -1,10 +1,8 @@
 """A model cut into blocks as `distillation` takes it, and what is learned of it as arrays."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompiler.checkpoints import Arrays, Periodic
@@ -12,7 +10,7 @@ from qcompiler.graph import Site
 from qcompiler.torch_graph import TorchGraph, unsupported
 from qcompiler.torch_graph.dtypes import to_torch
 from qcompiler.tuning.distillation import Head, Stage, distill
-from qcompiler.tuning.learned_vector import LearnedVector, learnable_vectors
+from qcompiler.tuning.learned_vector import LearnedVector, vector_arrays, vectors_apart
 from qcompiler.tuning.learned_weight import LearnedWeight
 from qcompiler.tuning.losses import Example
 from qcompiler.tuning.rounding import Outcome, Settings
@@ -21,9 +19,7 @@ from qcompiler.tuning.sites import outcome_arrays, start_of
 if TYPE_CHECKING:
     from qcompiler.segments import Segment
 
-__all__ = ["learn_whole", "put_back_vectors", "whole_problem"]
-
-_VECTOR = "vector "
+__all__ = ["learn_whole", "whole_problem"]
 
 
 def whole_problem(model: ir.Model, blocks: "Sequence[Segment]") -> str:
@@ -62,7 +58,8 @@ def learn_whole(
     """
     *middle, end = blocks
     learned = {site.node: LearnedWeight(start_of(site), lean=True, dtype=settings.dtype) for site in sites}
-    beside = _vectors(middle) if vectors else [[] for _ in middle]
+    found = vectors_apart([block.nodes for block in middle]) if vectors else [{} for _ in middle]
+    beside = [[LearnedVector(name, values) for name, values in each.items()] for each in found]
     stages = [
         Stage(
             TorchGraph(block.nodes, model.opset_imports, block.outputs),
@@ -76,20 +73,5 @@ def learn_whole(
     head = Head(TorchGraph(end.nodes, model.opset_imports, end.outputs), originals)
     before, after = distill(stages, head, *examples, settings, tick, stored)
     codes, grids = [each.codes for each in learned.values()], [each.grid for each in learned.values()]
-    found = outcome_arrays(Outcome(codes, grids, before, after), sites)
-    return {**found, **{_VECTOR + each.name: each.values for around in beside for each in around}}
-
-
-def _vectors(blocks: "Sequence[Segment]") -> list[list[LearnedVector]]:
-    """The gains and biases of each block; none that a second block reads as well."""
-    found = [learnable_vectors(block.nodes) for block in blocks]
-    count = Counter(name for names in found for name in names)
-    return [[LearnedVector(name, values) for name, values in of.items() if count[name] == 1] for of in found]
-
-
-def put_back_vectors(model: ir.Model, arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """Give the model the vectors that `learn_whole` learned; returns their names."""
-    names = [key.removeprefix(_VECTOR) for key in arrays if key.startswith(_VECTOR)]
-    for name in names:
-        model.graph.initializers[name].const_value = ir.tensor(np.array(arrays[_VECTOR + name]), name=name)
-    return names
+    outcome = outcome_arrays(Outcome(codes, grids, before, after), sites)
+    return {**outcome, **vector_arrays([each for around in beside for each in around])}
