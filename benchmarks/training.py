@@ -3,8 +3,9 @@
     python -m benchmarks.training [--only TEXT] [--save FILE.jsonl] [--threads N]
 
     digits      a residual network of 12,000 weights (`benchmarks.zoo.digits`), taught with 1,100 pictures by its float
-                form; accuracy on 597 others, and as the error the divergence from the float form. All layers have one
-                format. Weights of two and three values, and signs of activations in the network made for them.
+                form; accuracy on 597 others, and as the error the divergence from the float form, both as the mean of
+                three seeds. All layers have one format. Weights of two and three values, and signs of activations in
+                the network made for them.
     pictures    EfficientNet-Lite0 (`benchmarks.zoo.efficientnet`), taught with random crops of ten photographs by its
                 float form; agreement with it on 200 crops of ten others.
     sentences   MiniLM (`benchmarks.zoo.minilm`), taught with 128 texts by its float form; the accuracy of a linear
@@ -68,6 +69,7 @@ class Task:
         data: Options that name the data.
         training: Options of `tune`.
         figures: The share that is right, and the error, of an .onnx file.
+        seeds: How often a model is trained; figures are means.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Task:
     data: Callable[[], list[str | Path]]
     training: tuple[str, ...]
     figures: Callable[[Path], tuple[float, float]]
+    seeds: int = 1
 
 
 def _crops() -> Path:
@@ -99,8 +102,9 @@ def _digits(form: str) -> Task:
         "digits" if form == "folded" else f"digits, {form}",
         partial(digits.exported_digits, form),
         lambda: ["--calibration", digits.training_data()[0], "--samples", "1100"],
-        ("--steps", "600", "--batch", "64"),
+        ("--steps", "2000", "--batch", "64"),
         lambda model: (digits.accuracy(model), digits.divergence(model, form)),
+        seeds=3,
     )
 
 
@@ -122,18 +126,25 @@ SENTENCES = Task(
 
 
 def measure(task: Task, scheme: str, method: str, threads: int) -> Result:
-    """Compile or tune a model, and take its figures; the float model for an empty scheme."""
+    """Compile or tune models, and take the means of their figures; the float model for an empty scheme."""
     if not scheme:
         right, error = task.figures(task.model())
         return Result(task.name, "float", "", right, error, _weights(task.model()) / 1e3, 0.0, 0.0)
+    made = [_made(task, scheme, method, threads, seed) for seed in range(task.seeds if method != "ptq" else 1)]
+    means = [sum(values) / len(made) for values in zip(*made, strict=True)]
+    return Result(task.name, scheme, method, *means)
+
+
+def _made(task: Task, scheme: str, method: str, threads: int, seed: int) -> tuple[float, float, float, float, float]:
+    """The figures of one model: what is right, the error, kB of weights, seconds and MB."""
     with tempfile.TemporaryDirectory() as work:
         out = Path(work) / "model.onnx"
         ways = ["compile"] if method == "ptq" else ["tune", "--method", method, *task.training]
         common = ["--scheme", scheme, *task.data(), "--lm-head", "float", "--threads", str(threads), "--no-verify"]
-        cost = run([sys.executable, "-m", "qcompiler", *ways, task.model(), *common, "-o", out], Path(work) / "log")
-        right, error = task.figures(out)
+        command = [sys.executable, "-m", "qcompiler", *ways, task.model(), *common, "--seed", str(seed), "-o", out]
+        cost = run(command, Path(work) / "log")
         size = json.loads(out.with_suffix(".report.json").read_text("utf-8"))["bytes"]["after"]
-        return Result(task.name, scheme, method, right, error, size / 1e3, cost.seconds, cost.peak_mb)
+        return *task.figures(out), size / 1e3, cost.seconds, cost.peak_mb
 
 
 def _weights(model: Path) -> int:

@@ -97,7 +97,8 @@ class Options:
     rank: int = field(default=16, metadata={"help": "of the adapters of qlora"})
     export: str = field(default="nodes", metadata={"help": "what adapters become: nodes, adapter or merged"})
     precision: str = field(
-        default="auto", metadata={"help": "of descent: float32, bfloat16, or auto: bfloat16 on processors that have it"}
+        default="auto",
+        metadata={"help": "of descent; auto: bfloat16 if fast and no activation has codes"},
     )
 
     def __post_init__(self) -> None:
@@ -148,7 +149,7 @@ class Tune(QuantPass):
         blocks = self._blocks(model, sites)
         data = self._data()
         name = self._loss(model, blocks, data.labels)
-        settings = self._settings()
+        settings = self._settings(model)
         seed, constants = self.context.config.seed, added.constants
         student = Student.of(
             model, sites, blocks, method, LOSSES[name], self._direction(), settings.dtype, seed, constants
@@ -259,11 +260,13 @@ class Tune(QuantPass):
         apart = len(batches) - self.options.held_out
         return made[:apart], made[apart:]
 
-    def _settings(self) -> "Settings":
+    def _settings(self, model: ir.Model) -> "Settings":
         from qcompiler.tuning import Settings, fast_bfloat16
 
         o = self.options
-        fast = o.precision == "bfloat16" or (o.precision == "auto" and fast_bfloat16())
+        # bfloat16 has 8 bits of mantissa: codes of activations would come out as others than in float32.
+        codes = any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph)
+        fast = o.precision == "bfloat16" or (o.precision == "auto" and not codes and fast_bfloat16())
         return Settings(
             o.steps, o.accumulate, o.rate, o.scale_rate, o.momentum, self.context.config.seed, self.context.threads,
             fast, o.schedule, o.decay, o.optimizer == "adamw", o.check, o.patience, o.vector_rate,

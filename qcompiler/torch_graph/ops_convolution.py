@@ -1,12 +1,15 @@
 """Convolutions of any number of spatial axes, with ONNX's ways of padding."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from qcompiler.torch_graph.registry import Call, op
 
 __all__ = ["convolve", "same_pads", "spread"]
+
+# By the number of spatial axes. These, unlike `torch.convolution`, take part in PyTorch's mixed precision.
+_FORWARD = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 
 
 def spread(pads: list[int]) -> list[int]:
@@ -50,7 +53,7 @@ def convolve(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) 
     else:
         x, padding = functional.pad(x, spread(pads)), [0] * axes
     groups = call.get("group", 1)
-    return torch.convolution(x, weight, bias, strides, padding, dilations, False, [0] * axes, groups)
+    return _FORWARD[axes](x, weight, bias, strides, padding, dilations, groups)
 
 
 @op("Conv")
@@ -66,8 +69,7 @@ def _conv_transpose(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None =
     extra = call.get("output_padding", [0] * axes)
     whole = [(n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(size, strides, kernel, dilations, strict=True)]
     pads = _transposed_pads(call, [w + e for w, e in zip(whole, extra, strict=True)], size, strides)
-    zeros, groups = [0] * axes, call.get("group", 1)
-    full = torch.convolution(x, weight, None, strides, zeros, dilations, True, zeros, groups)
+    full = _TRANSPOSED[axes](x, weight, None, strides, 0, 0, call.get("group", 1), dilations)
     # Pads cut off what `output_padding` adds; a negative side of torch's pad cuts, a positive one adds zeros.
     ends = [e - p for e, p in zip(extra, pads[axes:], strict=True)]
     full = functional.pad(full, spread([-p for p in pads[:axes]] + ends))

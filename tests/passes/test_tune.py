@@ -199,6 +199,13 @@ def test_the_best_look_is_kept():
     assert watched[1] < blind[1]
 
 
+@pytest.mark.parametrize("scheme", ["w2a2", "w4a16-g16"])
+def test_half_precision_learns_too(scheme):
+    model, ctx = prepared(scheme, images())
+    before, after = losses(trained(model, ctx, precision="bfloat16"))
+    assert after < before
+
+
 def test_what_does_not_help_is_not_kept():
     model, ctx = prepared("w8a8", images())
     before = serialized(model)
