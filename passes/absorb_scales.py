@@ -33,7 +33,7 @@ class AbsorbScales(QuantPass):
 
     name = "absorb_scales"
     stage = Stage.QUANTIZE
-    after = ("insert_qdq",)
+    after = ("insert_qdq", "tune")  # what trains turns quantizers off and on, so what decodes has to fit what encodes
 
     @classmethod
     def applies(cls, config: CompileConfig) -> bool:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qcompiler.checkpoints import Arrays, code_version, digest_of
 from qcompiler.errors import CalibrationError, NumericsError
 from qcompiler.graph import Site
+from qcompiler.norm_prior import norm_priors
 from qcompiler.numerics.affine import Grid, WeightSpec
 from qcompiler.numerics.codebooks import decode, fit_tables, refit_sign_scales, refit_tables, sweep_codebooks
 from qcompiler.numerics.second_order import damped, row_losses, shift, supported_share, upper_factor
@@ -69,7 +70,9 @@ class SegmentPass(WeightQuantizer):
             if site.nested or site.role == "embedding":
                 records += self._remembered([site], None, f"{where}, rounded to nearest")
         measured = self.sites(model)
-        if measured:
+        if measured and context.config.from_norms:
+            records += self._from_norms(model, measured)
+        elif measured:
             if context.calibration is None or not len(context.calibration.batches):
                 raise CalibrationError(f"{self.name} needs calibration data; give --calibration PATH, or use rtn")
 
@@ -82,6 +85,17 @@ class SegmentPass(WeightQuantizer):
             run.visit(model, plan_segments(model, measured), context.calibration.batches, on_reading)
         return QuantPassResult(model, bool(records), tuple(records))
 
+    def _from_norms(self, model: ir.Model, sites: list[Site]) -> list[SiteRecord]:
+        """Quantize without data, see `norm_prior`."""
+        known, records = norm_priors(model, sites), list[SiteRecord]()
+        for done, site in enumerate(sites):
+            self.context.tick(self.name, done, len(sites))
+            remark = (
+                "by the gain of the normalization before it" if site in known else "nothing known of its activation"
+            )
+            records += self.quantize_sites([site], known.get(site), remark)
+        return records
+
     def _shared_tables(self, model: ir.Model) -> list[SiteRecord]:
         """Quantize tables that are also the weights of products, for both; at 8 bits nothing is to be gained."""
         context, records = self.context, list[SiteRecord]()
@@ -92,7 +106,7 @@ class SegmentPass(WeightQuantizer):
         def on_table(table: Site, reading: Reading) -> None:
             records.extend(self._remembered([table], reading, remark))
 
-        if self.takes_tables:
+        if self.takes_tables and not context.config.from_norms:
             how = streaming(context, self.name, sequential=False)
             read_products(model, tables, context.batches, how, on_table)
         return records

@@ -79,7 +79,7 @@ class Codebook(SegmentPass):
 
     def call(self, model: ir.Model) -> QuantPassResult:
         """Quantize, on data where there are some."""
-        if len(self.context.batches):
+        if len(self.context.batches) or self.context.config.from_norms:
             return super().call(model)
         records = [record for site in self.sites(model) for record in self.quantize_sites([site], None, "no data")]
         return QuantPassResult(model, bool(records), tuple(records))

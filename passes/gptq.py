@@ -183,7 +183,9 @@ class Gptq(SegmentPass):
         """Why a site is not guided, where that was wanted; empty if it is."""
         if self.guidance is not None and spec.sparse:
             return "not guided: its values are pruned"
-        if self.guidance is None or facts.curvatures is not None:
+        if self.guidance is None:
+            return "not guided: there is no data" if self.options.guided else ""
+        if facts.curvatures is not None:
             return ""
         return f"not guided: {self.guidance.problem or 'no gradient of the answer is known there'}"
 

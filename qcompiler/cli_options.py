@@ -45,7 +45,7 @@ compile_options = _all_of(
         "--calibration",
         type=click.Path(path_type=Path),
         help="Data to measure on: .npz, folder of .npz, .npy of token ids, .jsonl or text; or synthetic: what the "
-        "model makes itself, from its batch normalizations or by writing text.",
+        "model makes itself, from its batch normalizations or as text; or norms: gains of normalizations alone.",
     ),
     click.option(
         "--labels",

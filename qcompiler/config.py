@@ -11,13 +11,23 @@ from qcompiler.errors import SchemeError
 from qcompiler.scheme import Scheme
 from qcompiler.scheme_plan import SchemePlan
 
-__all__ = ["CALIBRATORS", "CUSTOM_OPS", "EFFORTS", "FORMATS_OUT", "KV_CACHES", "SYNTHETIC", "TARGETS", "CompileConfig"]
+__all__ = [
+    "CALIBRATORS",
+    "CUSTOM_OPS",
+    "EFFORTS",
+    "FORMATS_OUT",
+    "KV_CACHES",
+    "NORMS",
+    "SYNTHETIC",
+    "TARGETS",
+    "CompileConfig",
+]
 
 TARGETS = ("cpu", "cuda", "tensorrt", "portable")
 FORMATS_OUT = ("matmulnbits", "qdq")
 EFFORTS = ("fast", "balanced", "best")
 KV_CACHES = ("float", "kv8", "kv4")
-SYNTHETIC = "synthetic"
+SYNTHETIC, NORMS = "synthetic", "norms"
 CUSTOM_OPS = ("auto", "always", "prefer", "never")
 CALIBRATORS = ("auto", "minmax", "average", "percentile", "mse", "entropy")
 
@@ -38,8 +48,8 @@ class CompileConfig:
             bodies run anywhere and whose library runs them fast: ``auto`` where the library is built, ``prefer`` where
             ONNX Runtime has slower kernels too.
         opset: Raise the standard opset to this; None keeps the model's where the output form allows it.
-        calibration: A path, or an iterable of feeds (input name -> array), or "synthetic" for data that the model makes
-            itself, or None.
+        calibration: A path, or an iterable of feeds (input name -> array), "synthetic" for data that the model makes
+            itself, "norms" for what the gains of normalizations tell without any data, or None.
         tokenizer: tokenizer.json for text calibration data.
         samples: Calibration rows, evenly spaced over the data; None takes all, of synthetic ones 32.
         labels: A .npy file of labels, one for each row of the calibration data, to train on.
@@ -122,7 +132,7 @@ class CompileConfig:
                 raise SchemeError(f"{option} {value} is unknown; choose one of {', '.join(known)}")
         if self.effort is not None and self.algorithms:
             raise SchemeError("--effort stands for algorithms; drop it, or --algorithm")
-        if self.labels is not None and (self.calibration is None or self.data_free):
+        if self.labels is not None and (self.calibration is None or self._keyword):
             raise SchemeError("--labels are those of the rows of --calibration; give --calibration PATH with them")
         if self.samples is not None and self.samples < 1:
             raise SchemeError(f"--samples {self.samples} leaves nothing to calibrate on; give at least 1")
@@ -139,7 +149,18 @@ class CompileConfig:
     @property
     def data_free(self) -> bool:
         """Whether the model is to make the calibration data itself."""
-        return isinstance(self.calibration, str | Path) and str(self.calibration) == SYNTHETIC
+        return self._keyword == SYNTHETIC
+
+    @property
+    def from_norms(self) -> bool:
+        """Whether normalizations alone tell how large activations are (see `norm_prior`)."""
+        return self._keyword == NORMS
+
+    @property
+    def _keyword(self) -> str:
+        """What stands for calibration data, if it is one of the words that do."""
+        given = str(self.calibration) if isinstance(self.calibration, str | Path) else ""
+        return given if given in (SYNTHETIC, NORMS) else ""
 
     @property
     def own_operators(self) -> bool:
@@ -176,7 +197,7 @@ class CompileConfig:
         odd = bool(self.budgets) or self.custom_ops == "prefer" or any(each.needs_operators for each in plan.schemes)
         return {
             **({"custom_ops": self.custom_ops} if odd else {}),
-            **({"calibration": SYNTHETIC} if self.data_free else {}),
+            **({"calibration": self._keyword} if self._keyword else {}),
             "scheme": text[plan.default],
             "embedding": text[plan.embedding],
             "lm_head": text[plan.lm_head],

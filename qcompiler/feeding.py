@@ -48,6 +48,13 @@ def calibration_data(
     """The data that the configuration names, cut to the model's inputs; None if it names none."""
     if config.calibration is None:
         return None
+    if (config.data_free or config.from_norms) and Path(str(config.calibration)).exists():
+        raise CalibrationError(
+            f"--calibration {config.calibration} is a word for calibration without data, but there is a file called so "
+            "too; rename the file, or give its whole path"
+        )
+    if config.from_norms:
+        return None
     if config.data_free:
         return _synthetic(model, config, batch_rows)
     data = load_calibration(
@@ -70,12 +77,6 @@ def more_rows(model: ir.Model, config: CompileConfig, rows: int) -> CalibrationD
 
 def _synthetic(model: ir.Model, config: CompileConfig, batch_rows: int) -> CalibrationData:
     """Data that the model makes itself."""
-    name = str(config.calibration)
-    if Path(name).exists():
-        raise CalibrationError(
-            f"--calibration {name} means data that the model makes itself, but there is a file called so too; "
-            "rename the file, or give its whole path"
-        )
     inputs = ModelInputs(input_specs(model), head_size=_head_size(model), vocabulary=_vocabulary(model))
     means = Means(
         config.sequence_length, config.seed, config.provider, cpu_threads(config.threads), config.max_memory,

@@ -94,10 +94,10 @@ def _written(name: str, options: Mapping[str, str]) -> str:
 
 def default_algorithms(config: CompileConfig, *, calibrated: bool) -> tuple[str, ...]:
     """The algorithms where the user names none: what the effort stands for."""
-    if not calibrated:
+    if not calibrated or config.from_norms:
         if config.effort == "best":
             raise SchemeError("--effort best learns from data; give --calibration PATH, or another effort")
-        return ("rtn",)
+        return ("gptq",) if config.from_norms and config.effort != "fast" else ("rtn",)
     if quantizes_activations(config):
         # At 8 bits nothing is left to learn; activations make the error.
         return ("smoothquant", "rtn" if config.effort == "fast" else "gptq", "correct_bias")

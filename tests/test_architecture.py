@@ -84,7 +84,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     "rescaling": ("rescaling", "passes.base observing foldings graph records errors"),
     "passes.base_segments": (
         "passes.base_segments",
-        "passes.base shared_tables streaming checkpoints statistics segments graph records numerics errors",
+        "passes.base norm_prior shared_tables streaming checkpoints statistics segments graph records numerics errors",
     ),
     "passes.base": (
         "passes.base",
@@ -92,6 +92,7 @@ LAYERS: dict[str, tuple[str, str]] = {
         "options numerics errors",
     ),
     "options": ("options", "errors"),
+    "norm_prior": ("norm_prior", "rotation foldings statistics graph"),
     "shared_tables": ("shared_tables", "streaming segments statistics session graph errors"),
     "guidance": (
         "guidance",

@@ -10,7 +10,7 @@ from qcompiler.foldings.rules import carriers, constant_read, constant_size, lab
 from qcompiler.foldings.shapes import BlockedError
 from qcompiler.graph import Site
 
-__all__ = ["Plan", "Sites", "find_plan", "weight_problem"]
+__all__ = ["Plan", "Sites", "Source", "columns_of", "find_plan", "find_sources", "followed", "weight_problem"]
 
 # Linear sites by node.
 Sites = Mapping[ir.Node, Site]
@@ -30,8 +30,15 @@ _NORMS: dict[str, tuple[int, int | None]] = {
 
 
 @dataclass
-class _Source:
-    """An operator that can divide the channels of its first result."""
+class Source:
+    """An operator that can divide the channels of its first result.
+
+    Attributes:
+        node: The operator.
+        channels: The number of each channel, in the shape that broadcasts to the result.
+        constants: (node, input, channels of its elements) of the constants that are divided for that.
+        site: The linear layer, if it is one.
+    """
 
     node: ir.Node
     channels: np.ndarray
@@ -65,12 +72,12 @@ class Plan:
 def find_plan(site: Site, sites: Sites, *, caches: bool) -> Plan | str:
     """How factors of the site's activation can be absorbed, or why they cannot: the first reason that was met."""
     reason = ""
-    for found in _sources(site.input, sites, []):
+    for found in find_sources(site.input, sites, []):
         try:
             if isinstance(found, str):
                 raise BlockedError(found)
             source, path = found
-            columns = _columns(site, _followed(source, path, site.input))
+            columns = columns_of(site, followed(source, path, site.input))
             plan = _spread(source, np.unique(columns), sites, caches)
             plan.kind = _kind(source, path)
             return plan
@@ -92,7 +99,7 @@ def weight_problem(site: Site) -> str:
     return ""
 
 
-def _kind(source: _Source, path: list[tuple[ir.Node, int]]) -> str:
+def _kind(source: Source, path: list[tuple[ir.Node, int]]) -> str:
     if source.site is None:
         return "gain" if source.node.op_type == "Mul" else "norm"
     ops = {node.op_type for node, _ in path}
@@ -102,9 +109,9 @@ def _kind(source: _Source, path: list[tuple[ir.Node, int]]) -> str:
     return "gated" if gated else "linear"
 
 
-def _sources(
+def find_sources(
     value: ir.Value, sites: Sites, path: list[tuple[ir.Node, int]]
-) -> Iterator[tuple[_Source, list[tuple[ir.Node, int]]] | str]:
+) -> Iterator[tuple[Source, list[tuple[ir.Node, int]]] | str]:
     """What may absorb factors of a value, each with the way from there: (node, input that is read)."""
     node = value.producer()
     if node is None or len(path) > _LONGEST_PATH:
@@ -124,14 +131,14 @@ def _sources(
             place = constant_read(node, index)
             if place is not None and constant_size(place) > 1:
                 channels = _numbered(place)
-                yield _Source(node, channels, [(*place, channels)]), path
+                yield Source(node, channels, [(*place, channels)]), path
     ways = list(carriers(node))
     if not ways:
         yield f"'{value.name}' comes out of {label(node)}, which does not let factors pass"
     for index in ways:
         inner = node.inputs[index]
         if inner is not None:
-            yield from _sources(inner, sites, [(node, index), *path])
+            yield from find_sources(inner, sites, [(node, index), *path])
 
 
 def _numbered(place: tuple[ir.Node, int]) -> np.ndarray:
@@ -141,7 +148,7 @@ def _numbered(place: tuple[ir.Node, int]) -> np.ndarray:
     return np.arange(constant_size(place)).reshape([int(size) for size in value.const_value.shape.numpy()])
 
 
-def _norm_source(node: ir.Node) -> _Source:
+def _norm_source(node: ir.Node) -> Source:
     gamma, beta = _NORMS[node.op_type]
     place = constant_read(node, gamma)
     if place is None or constant_size(place) < 2:
@@ -153,10 +160,10 @@ def _norm_source(node: ir.Node) -> _Source:
         if place is None:
             raise BlockedError(f"the bias of {label(node)} is not a constant")
         constants.append((*place, channels))
-    return _Source(node, channels, constants)
+    return Source(node, channels, constants)
 
 
-def _linear_source(site: Site) -> _Source:
+def _linear_source(site: Site) -> Source:
     problem = weight_problem(site)
     if problem:
         raise BlockedError(problem)
@@ -169,10 +176,10 @@ def _linear_source(site: Site) -> _Source:
             raise BlockedError(f"the bias of '{site.name}' is not a constant")
         constants.append((*place, channels))
     trailing = (1,) * (rank - 2) if site.node.op_type == "Conv" else ()
-    return _Source(site.node, channels.reshape(-1, *trailing), constants, site)
+    return Source(site.node, channels.reshape(-1, *trailing), constants, site)
 
 
-def _followed(source: _Source, path: list[tuple[ir.Node, int]], end: ir.Value) -> np.ndarray:
+def followed(source: Source, path: list[tuple[ir.Node, int]], end: ir.Value) -> np.ndarray:
     """The source's channels in `end`, the value that the path leads to."""
     channels = source.channels
     ends = [node.inputs[index] for node, index in path[1:]] + ([end] if path else [])
@@ -184,7 +191,7 @@ def _followed(source: _Source, path: list[tuple[ir.Node, int]], end: ir.Value) -
     return channels
 
 
-def _columns(site: Site, channels: np.ndarray) -> np.ndarray:
+def columns_of(site: Site, channels: np.ndarray) -> np.ndarray:
     """The channel of each column of a site that reads a value with these channels."""
     rank = site.weight.const_value.shape.rank() if site.weight.const_value is not None else 2
     axis = 1 - rank if site.node.op_type == "Conv" else -1
@@ -196,7 +203,7 @@ def _columns(site: Site, channels: np.ndarray) -> np.ndarray:
     return np.broadcast_to(ids.reshape(-1), (site.columns,))
 
 
-def _spread(source: _Source, needed: np.ndarray, sites: Sites, caches: bool) -> Plan:
+def _spread(source: Source, needed: np.ndarray, sites: Sites, caches: bool) -> Plan:
     """Follow the needed channels to all readers."""
 
     def only(channels: np.ndarray) -> np.ndarray:
@@ -214,7 +221,7 @@ def _spread(source: _Source, needed: np.ndarray, sites: Sites, caches: bool) -> 
         for node, index in value.uses():
             site = sites.get(node)
             if site is not None and index == 0:
-                _add_reader(plan, site, _columns(site, scaled[value]))
+                _add_reader(plan, site, columns_of(site, scaled[value]))
                 continue
             try:
                 passed = pass_through(node, index, scaled[value])

@@ -15,12 +15,12 @@ from qcompiler.numerics.affine import Grid, WeightSpec, stored_scale
 from qcompiler.tuning.directions import Adam, Factored, Pace
 from qcompiler.tuning.layout import Layout
 
-__all__ = ["LearnedWeight", "Start"]
+__all__ = ["EDGE", "PAST", "LearnedWeight", "Start"]
 
 # How near to the edge of its cell a latent starts whose code is not the nearest.
-_EDGE = 0.4
+EDGE = 0.4
 # How far past the middle of the last cell a latent may go, so that it is rounded to a code of the format.
-_PAST = 0.49
+PAST = 0.49
 # No scale moves further than this from where it starts.
 _FACTORS = (0.5, 2.0)
 
@@ -68,8 +68,8 @@ class LearnedWeight:
         self._latent = (
             self._layout.grouped(torch.from_numpy(start.weight)) / torch.from_numpy(start.grid.scale)[..., None]
         )
-        torch.maximum(self._latent, centre - _EDGE, out=self._latent)
-        torch.minimum(self._latent, centre + _EDGE, out=self._latent)
+        torch.maximum(self._latent, centre - EDGE, out=self._latent)
+        torch.minimum(self._latent, centre + EDGE, out=self._latent)
         self._dtype = dtype
         self._directions = (Factored() if lean else Adam(), Adam())
         self._tensor: Tensor | None = None
@@ -106,7 +106,7 @@ class LearnedWeight:
         latent, factor = self._directions
         self._latent.sub_(latent(slope, pace.momentum), alpha=pace.rate)
         first, last = self.spec.limits
-        self._latent.clamp_(first - self._zero - _PAST, last - self._zero + _PAST)
+        self._latent.clamp_(first - self._zero - PAST, last - self._zero + PAST)
         self._factor.sub_(factor(groups, pace.momentum), alpha=pace.scale_rate).clamp_(*_FACTORS)
 
     def state(self) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qcompiler.tuning import binary, lsq, qat, ternary
 from qcompiler.tuning.learned import Parameter
+from qcompiler.tuning.learned_weight import PAST
 from qcompiler.tuning.trained_weight import TrainedWeight
 
 __all__ = [
@@ -25,19 +26,31 @@ _SMALLEST = 0.05
 
 
 class StraightThrough(TrainedWeight):
-    """Grids stay as they are; the gradient passes where a weight lies within the range of the codes."""
+    """Grids stay as they are, and weights within the cells of their codes, where the gradient passes unchanged."""
+
+    def extra(self, latent: Tensor) -> dict[str, Parameter]:
+        """Latents begin at the codes."""
+        self.begin_at_codes(latent)
+        self._keep_within(latent)
+        return {}
 
     def trained(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Fake quantization."""
         codes, scale = self.quantized(parameters)
-        latent = parameters[self.WEIGHT]
-        place = latent.detach() / scale
-        return qat.passing(codes * scale, latent, (place >= self.low) & (place <= self.high))
+        return qat.passing(codes * scale, parameters[self.WEIGHT])
 
     def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The nearest codes."""
         place = parameters[self.WEIGHT].detach() / self.first
         return torch.maximum(torch.minimum(place.round(), self.high), self.low), self.first
+
+    def settle(self) -> None:
+        """No latent goes where it could not come back from."""
+        self._keep_within(self.parameters[self.WEIGHT].tensor)
+
+    def _keep_within(self, latent: Tensor) -> None:
+        place = latent / self.first
+        latent.copy_(torch.maximum(torch.minimum(place, self.high + PAST), self.low - PAST).mul_(self.first))
 
 
 class LearnedStep(TrainedWeight):
@@ -46,8 +59,8 @@ class LearnedStep(TrainedWeight):
     STEP = "step"
 
     def extra(self, latent: Tensor) -> dict[str, Parameter]:
-        """The step begins where the quantized weight has it."""
-        del latent
+        """The step begins where the quantized weight has it, and latents at its codes."""
+        self.begin_at_codes(latent)
         step = self.first.abs()
         return {self.STEP: Parameter(step, step.clone(), kind="scale")}
 

@@ -3,6 +3,7 @@
 Shapes: latents and codes ``[N, G, g]``; scales and zero points ``[N, G, 1]``. Codes are counted from the zero point.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from qcompiler.numerics.affine import Grid, stored_scale
 from qcompiler.tuning.directions import Direction, Factored
 from qcompiler.tuning.learned import Learned, Parameter
-from qcompiler.tuning.learned_weight import Start
+from qcompiler.tuning.learned_weight import EDGE, Start
 from qcompiler.tuning.qat import passing
 
 __all__ = ["TrainedWeight"]
@@ -62,6 +63,18 @@ class TrainedWeight(Learned):
         """More that is learned; the latent may be changed to where it should begin."""
         del latent
         return {}
+
+    def begin_at_codes(self, latent: Tensor) -> None:
+        """Move the latent, in place, to where it is rounded to the codes that the weight has now.
+
+        An algorithm with an eye to other weights chose them, and they are seldom the nearest. What lies beyond the
+        range stays there.
+        """
+        zero = torch.from_numpy(self.start.grid.zero_point.astype(np.float32))[..., None]
+        code = self._layout.grouped(torch.from_numpy(self.start.codes.astype(np.float32))) - zero
+        least = torch.where(code > self.low, code - EDGE, -math.inf)
+        most = torch.where(code < self.high, code + EDGE, math.inf)
+        latent.copy_(torch.maximum(torch.minimum(latent / self.first, most), least).mul_(self.first))
 
     @abstractmethod
     def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

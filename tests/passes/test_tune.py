@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from qcompiler import compile_model
 from qcompiler.checkpoints import Checkpoints
 from qcompiler.errors import CalibrationError, SchemeError
 from qcompiler.scheme import Scheme
@@ -215,8 +217,54 @@ def test_what_does_not_help_is_not_kept():
     assert serialized(model) == before
 
 
+@pytest.mark.parametrize("algorithm", ["gptq", "rtn"])
+@pytest.mark.parametrize("method", ["qat", "lsq", "pact"])
+@pytest.mark.parametrize("scheme", ["w2a2", "w3a8-static-sym"])
+def test_training_begins_at_the_codes(method, algorithm, scheme):
+    import torch
+
+    from qcompiler.tuning import LOSSES, METHODS, Adam, Student
+
+    data = [{"x": np.maximum(feeds["x"], 0)} for feeds in images(3)]  # correlated: GPTQ's codes are not the nearest
+    model = network()
+    ctx = context(scheme=scheme, batches=data)
+    quantized(model, ctx, algorithm)
+    for name in ("raise_opset", "insert_qdq"):
+        apply(name, model, ctx)
+    sites = [site for site in find_sites(model)[0] if site.quantized is not None]
+    student = Student.of(model, sites, [], METHODS[method], LOSSES["kl"], Adam, torch.float32, 0)
+    for site, weight in student.weights:
+        assert np.array_equal(weight.codes, site.quantized.codes())
+        assert np.array_equal(weight.value().numpy(), site.quantized.numpy())
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8-static"])
+def test_scales_are_absorbed_after_training(tmp_path, scheme):
+    """What teaches runs without quantizers, so each has to decode what it encodes."""
+    weights = {"w": normal((32, 32), 0, scale=0.2), "v": normal((32, 16), 1, scale=0.2), "s": np.float32(0.3)}
+    body = "a = MatMul(x, w) b = Mul(a, s) r = Relu(b) y = MatMul(r, v)"
+    path = tmp_path / "model.onnx"
+    model = parse(f"g (float[B,32] x) => (float[B,16] y) {{ {body} }}", weights, opset=18)
+    path.write_bytes(serialized(model))
+    feeds = [{"x": normal((16, 32), seed)} for seed in range(8)]
+    made = compile_model(
+        path, scheme, calibration=feeds, output=tmp_path / "out.onnx", verify=False,
+        algorithms=("rtn", "tune{method=qat,steps=1,rate=0,vector_rate=0,scale_rate=0,loss=mse,batch=16}"),
+    )  # fmt: skip
+    order = [row.name for row in made.report.passes]
+    assert order.index("tune") < order.index("absorb_scales")
+    (before,) = {record.metrics["loss_before"] for record in made.report.sites if "loss_before" in record.metrics}
+    x = np.concatenate([each["x"] for each in feeds])
+    exact, found = (run(each, {"x": x})[0] for each in (model, ir.load(tmp_path / "out.onnx")))
+    expected = np.square(found - exact).mean() / np.square(exact).mean()
+    assert before == pytest.approx(expected, rel=0.5)
+
+
 class Stop(Exception):  # noqa: N818
     """Ends descent."""
+
+
+RATES = {"rate": 0.005, "scale_rate": 0.01}
 
 
 def run_of(folder, monkeypatch, stop=None, seed=0, method="lsq"):
@@ -240,7 +288,7 @@ def run_of(folder, monkeypatch, stop=None, seed=0, method="lsq"):
         model, ctx = prepared(scheme, images(), seed=seed)
         store = None if folder is None else Checkpoints(folder)
         try:
-            records = trained(model, replace(ctx, checkpoints=store), steps=6, method=method, check=2, rate=0.005)
+            records = trained(model, replace(ctx, checkpoints=store), steps=6, method=method, check=2, **RATES)
         except Stop:
             return len(done), None
     assert any(record.action == "quantized" for record in records)
