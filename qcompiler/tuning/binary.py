@@ -4,8 +4,8 @@
                     kept within [-1, 1]   (Courbariaux et al. 2015, arXiv:1511.00363, sections 2.2 to 2.4)
     BNN             activations are signs too; dy/dx = 1 where |x| <= 1   (Courbariaux et al. 2016, arXiv:1602.02830)
     XNOR-Net        W = alpha sign(w), alpha = mean|w| of each output channel, n being its weights;
-                    dW/dw = 1/n + alpha where |w| <= 1, 1/n elsewhere; activations are signs times their mean magnitude
-                    (Rastegari et al. 2016, arXiv:1603.05279, sections 3.1 and 3.2)
+                    dW/dw = 1/n + alpha where |w| <= 1, 1/n elsewhere; activations are signs times their mean magnitude,
+                    here times a learned scale   (Rastegari et al. 2016, arXiv:1603.05279, sections 3.1 and 3.2)
 
 sign(0) is +1, as in `kernels.schemas`.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qcompiler.tuning.qat import passing
 
-__all__ = ["binary_activations", "binary_weight", "sign_activations", "xnor_weight"]
+__all__ = ["binary_weight", "sign_activations", "xnor_weight"]
 
 
 def signs_of(x: Tensor) -> Tensor:
@@ -36,11 +36,6 @@ def binary_weight(weight: Tensor, generator: torch.Generator | None = None) -> T
 def sign_activations(x: Tensor) -> Tensor:
     """Signs of activations; the gradient passes where ``|x| <= 1``."""
     return passing(signs_of(x), x, x.detach().abs() <= 1)
-
-
-def binary_activations(x: Tensor) -> Tensor:
-    """Signs times the mean magnitude of each token ``[.., K]``, which the gradient takes for a constant."""
-    return sign_activations(x) * x.abs().mean(-1, keepdim=True).detach()
 
 
 def xnor_weight(weight: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
     dy/ds = round(x / s) - x / s inside, -Qn below and Qp above, times g          (equation 3)
     g = 1 / sqrt(n Qp), n being how many values share the step in a forward pass  (section 2.2)
 
-A step begins at 2 mean|x| / sqrt(Qp), and stays positive (`positive`).
+The paper begins at 2 mean|x| / sqrt(Qp); here a step begins where calibration, or the algorithm before, put it.
 """
 
 import math
@@ -15,25 +15,12 @@ from torch import Tensor
 
 from qcompiler.tuning.qat import passing, rounded
 
-__all__ = ["gradient_scale", "initial_step", "learned_step", "positive"]
-
-_SMALLEST = 1e-8
-
-
-def initial_step(x: Tensor, high: int, dim: int | tuple[int, ...] | None = None) -> Tensor:
-    """Where a step begins: ``2 mean|x| / sqrt(Qp)``, the mean over the dimensions that share it, which are kept."""
-    mean = x.abs().mean() if dim is None else x.abs().mean(dim, keepdim=True)
-    return torch.clamp(2 * mean / math.sqrt(max(high, 1)), min=_SMALLEST)
+__all__ = ["gradient_scale", "learned_step"]
 
 
 def gradient_scale(count: int, high: int) -> float:
     """``g`` for a step that `count` values share."""
     return 1 / math.sqrt(count * max(high, 1))
-
-
-def positive(step: Tensor) -> Tensor:
-    """The step, kept from falling to zero; its gradient passes unchanged."""
-    return passing(torch.clamp(step, min=_SMALLEST), step)
 
 
 def learned_step(x: Tensor, step: Tensor, low: int | Tensor, high: int | Tensor, factor: float = 1.0) -> Tensor:

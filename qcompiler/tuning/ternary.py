@@ -1,7 +1,6 @@
 """Ternary weights: minus one, zero and one times a scale.
 
     TWN       t = sign(w) where |w| > 0.7 mean|w|, alpha = mean|w| of these   (Li et al. 2016, arXiv:1605.04711)
-    exact     the threshold of least squared error: of the k largest magnitudes, (their sum)^2 / k is largest
     TTQ       both scales are learned; |w| > 0.05 max|w| counts   (Zhu et al. 2017, arXiv:1612.01064)
     absmean   t = clip(round(w / mean|w|), -1, 1), alpha = mean|w|   (Ma et al. 2024, BitNet b1.58, arXiv:2402.17764)
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from qcompiler.tuning.qat import passing
 
-__all__ = ["TTQ_SHARE", "absmean_weight", "exact_ternary", "trained_ternary", "ttq_signs", "twn_ternary"]
+__all__ = ["TTQ_SHARE", "absmean_weight", "trained_ternary", "ttq_signs", "twn_ternary"]
 
 _TWN, TTQ_SHARE = 0.7, 0.05
 
@@ -30,17 +29,6 @@ def twn_ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales ``[.., 1]`` of TWN."""
     threshold = _TWN * weight.abs().mean(-1, keepdim=True)
     codes = torch.sign(weight) * (weight.abs() > threshold)
-    return codes, _best_scale(weight, codes)
-
-
-def exact_ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of least squared error."""
-    sizes, order = weight.abs().sort(dim=-1, descending=True, stable=True)
-    count = torch.arange(1, weight.shape[-1] + 1, dtype=weight.dtype)
-    best = (sizes.cumsum(-1).square() / count).argmax(-1, keepdim=True)
-    place = torch.empty_like(order)
-    place.scatter_(-1, order, torch.arange(weight.shape[-1]).expand_as(order))
-    codes = torch.sign(weight) * (place <= best)
     return codes, _best_scale(weight, codes)
 
 

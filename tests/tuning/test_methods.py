@@ -83,10 +83,6 @@ def test_lsq_gradients_are_those_of_the_paper():
     # Below and above -Qn and Qp, inside round(v / s) - v / s.
     assert each == pytest.approx([-2, -1 + 1.2, 0 - 0.4, 1, 1])
     assert lsq.gradient_scale(100, 4) == pytest.approx(1 / 20)
-    assert float(lsq.initial_step(torch.tensor([1.0, -3.0]), 4)) == pytest.approx(2)
-    assert lsq.initial_step(torch.ones(3, 4), 1, 1).shape == (3, 1)
-    assert float(lsq.positive(torch.tensor(-1.0))) > 0
-    assert float(gradient(lsq.positive, torch.tensor(-1.0))) == 1
 
 
 def test_pact():
@@ -141,8 +137,6 @@ def test_signs_of_activations():
     expected = differences(lambda v: (torch.clamp(v, -1, 1) * weights).sum(), x)
     found = gradient(lambda v: (binary.sign_activations(v) * weights).sum(), x)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    sizes = x.abs().mean(-1, keepdim=True)
-    torch.testing.assert_close(binary.binary_activations(x), binary.sign_activations(x) * sizes)
 
 
 def test_xnor_weights():
@@ -157,28 +151,23 @@ def loss(weight, codes, scale):
     return float((weight - codes * scale).square().sum())
 
 
-def test_twn_and_the_best_ternary_weights():
+def test_twn():
     weight = tensor((6, 64), 15)
     codes, scale = ternary.twn_ternary(weight)
     threshold = 0.7 * weight.abs().mean(-1, keepdim=True)
     assert torch.equal(
         codes, torch.where(weight > threshold, 1.0, torch.where(weight < -threshold, -1.0, 0.0)).double()
     )
-    best, exact_scale = ternary.exact_ternary(weight)
-    assert loss(weight, best, exact_scale) <= loss(weight, codes, scale)
     for row in range(6):
-        sizes = weight[row].abs()
-        tried = []
-        for level in sizes:
+        sizes, tried = weight[row].abs(), []
+        for level in sizes:  # every threshold there is
             used = sizes >= level
             alpha = sizes[used].mean()
             tried.append(float((weight[row] - torch.sign(weight[row]) * used * alpha).square().sum()))
-        assert loss(weight[row], best[row], exact_scale[row]) == pytest.approx(min(tried))
-    nothing = torch.zeros(2, 8)
-    for made in (ternary.twn_ternary, ternary.exact_ternary):
-        codes, scale = made(nothing)
-        assert not codes.any()
-        assert torch.isfinite(scale).all()
+        assert min(tried) <= loss(weight[row], codes[row], scale[row]) < 1.1 * min(tried)
+    codes, scale = ternary.twn_ternary(torch.zeros(2, 8))
+    assert not codes.any()
+    assert torch.isfinite(scale).all()
 
 
 def test_absmean_weights():
