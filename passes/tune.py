@@ -81,11 +81,12 @@ class Options:
     rows: int = field(default=0, metadata={"help": "rows to learn from; 0: those that all passes see (--samples)"})
     batch: int = field(default=0, metadata={"help": "rows in a step; 0: 1 of token ids, else 32"})
     accumulate: int = field(default=1, metadata={"help": "batches whose gradients make a step"})
-    rate: float = field(default=0.02, metadata={"help": "first step of weights, in codes; for sgd a factor of slopes"})
+    rate: float = field(default=0.01, metadata={"help": "first step of weights, in codes; for sgd a factor of slopes"})
     scale_rate: float = field(default=0.0005, metadata={"help": "first step of scales, as a part of each"})
     vector_rate: float = field(
-        default=0.002, metadata={"help": "first step of gains and biases, as a part of each, and of what is added"}
+        default=0.001, metadata={"help": "first step of gains and biases, as a part of each, and of what is added"}
     )
+    warmup: float = field(default=0.1, metadata={"help": "share of the steps in which rates rise from zero"})
     momentum: float = field(default=0.9, metadata={"help": "share of the direction kept from step to step"})
     decay: float = field(default=0.0, metadata={"help": "share of a weight that the first step takes off"})
     optimizer: str = field(default="adamw", metadata={"help": "adamw or sgd"})
@@ -105,7 +106,7 @@ class Options:
         """Refuse what means nothing."""
         least = {"steps": 1, "rows": 0, "batch": 0, "accumulate": 1, "rank": 1}
         least |= {"held_out": 1, "check": 0, "patience": 0}
-        shares = ("rate", "scale_rate", "vector_rate", "momentum", "decay")
+        shares = ("rate", "scale_rate", "vector_rate", "warmup", "momentum", "decay")
         if self.minutes < 0:
             raise SchemeError(f"pass tune: minutes={self.minutes:g} has to be positive, or 0 for a number of steps")
         check_options("tune", self, least=least, shares=shares, choices=_CHOICES)
@@ -270,6 +271,7 @@ class Tune(QuantPass):
         return Settings(
             o.steps, o.accumulate, o.rate, o.scale_rate, o.momentum, self.context.config.seed, self.context.threads,
             fast, o.schedule, o.decay, o.optimizer == "adamw", o.check, o.patience, o.vector_rate,
+            o.warmup,
         )  # fmt: skip
 
     def _direction(self) -> type:

@@ -227,7 +227,7 @@ tune_options = _all_of(
         "--rows", type=COUNT, help="Rows of --calibration to learn from; --samples are those that all passes see."
     ),
     click.option("--batch", type=COUNT, help="Rows in a step. Default: 1 of token ids, 32 of anything else."),
-    click.option("--rate", type=float, help="First step of weights, in steps between two codes. Default: 0.02."),
+    click.option("--rate", type=float, help="First step of weights, in steps between two codes. Default: 0.01."),
     click.option(
         "--optimizer",
         type=click.Choice(["adamw", "sgd"]),

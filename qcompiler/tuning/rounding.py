@@ -81,6 +81,7 @@ class Settings:
     check: int = 0
     patience: int = 0
     vector_rate: float | None = None
+    warmup: float = 0.0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,6 +92,8 @@ class Settings:
         """How far a step goes, 0 being the first."""
         done = step / self.steps
         share = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[self.schedule]
+        if self.warmup:
+            share *= min(1.0, (step + 1) / (self.warmup * self.steps))
         of_vectors = None if self.vector_rate is None else self.vector_rate * share
         decay = self.decay * share
         return Pace(self.rate * share, self.scale_rate * share, self.momentum, decay, self.units, of_vectors)

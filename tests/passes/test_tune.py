@@ -54,7 +54,7 @@ def prepared(scheme, data, model=None, **options):
 
 def trained(model, ctx, **options):
     """The records of training."""
-    return apply("tune", model, ctx, **{"steps": STEPS, "batch": 8, **options}).records
+    return apply("tune", model, ctx, **{"steps": STEPS, "batch": 8, "rate": 0.02, "vector_rate": 0.002, **options}).records
 
 
 def losses(records):
