@@ -186,7 +186,7 @@ def test_a_language_model_learns_block_by_block():
     quantized(model, ctx, "gptq")
     records = apply("tune", model, ctx, steps=60, batch=2, rate=0.05).records
     before, after = losses(records)
-    assert after < (0.95 if method == "ttq" else 0.8) * before
+    assert after < 0.8 * before
     next_token = apply("tune", model, ctx, steps=10, loss="next").records
     assert losses(next_token)[0] > 1  # nats a token, not a divergence
 
