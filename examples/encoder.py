@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.zoo.minilm import calibration_folder, embedding_cosine, exported_minilm, sentiment_accuracy
+from benchmarks.zoo.minilm import embedding_cosine, exported_minilm, sentiment_accuracy, training_folder
 from qcompiler import compile_model
 
 parser = argparse.ArgumentParser()
@@ -36,25 +36,25 @@ FOLDER = Path(tempfile.mkdtemp(prefix="encoder-"))
 # kind. The probe was fitted to vectors of the float model, so it takes those of a quantized one as they come.
 
 # %%
-model, texts = exported_minilm(), calibration_folder()
+model, texts = exported_minilm(), training_folder()
 print(f"float: the probe is right about {sentiment_accuracy(model):.1%} of 1,000 reviews")
 
 # %% [markdown]
 # ## Quantized, and trained
 #
-# 128 texts for calibration, and the same for training. The loss is the squared error of the model's output, relative to
-# its size. Lookups of words stay float.
+# 512 texts to learn from, of which each fourth calibrates. The loss is the squared error of the model's output,
+# relative to its size.
 
 
 # %%
 def compiled(scheme: str, *algorithms: str) -> Path:
     """The model in a scheme."""
     out = FOLDER / f"{scheme}-{len(algorithms)}.onnx"
-    compile_model(model, f"{scheme}", calibration=texts, output=out, algorithms=algorithms, verify=False)
+    compile_model(model, scheme, calibration=texts, samples=128, output=out, algorithms=algorithms, verify=False)
     return out
 
 
-training = f"tune{{method=qat,batch=16,steps={args.steps}}}"
+training = f"tune{{method=qat,batch=16,rows=512,steps={args.steps}}}"
 for scheme in args.schemes.split(","):
     for name, algorithms in (("PTQ", ("gptq",)), ("QAT", ("gptq", training))):
         began = time.monotonic()
@@ -69,4 +69,4 @@ for scheme in args.schemes.split(","):
 # Where calibration alone is good enough, training changes little, and costs minutes; the fewer the bits, the more
 # it wins back. From Python `tune` is an algorithm behind the others, as here; from the command line
 #
-#     qcompiler tune model.onnx -o model.w4a4.onnx --scheme w4a4 --calibration texts/ --method qat --steps 150
+#     qcompiler tune model.onnx -o small.onnx --scheme w4a8-static --calibration texts/ --method qat --steps 150

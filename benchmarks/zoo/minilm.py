@@ -128,6 +128,18 @@ def calibration_folder() -> Path:
     return write_feeds(root() / "feeds-texts", calibration_feeds())
 
 
+def training_folder() -> Path:
+    """Return a folder of .npz files with 512 texts to calibrate and to train on; no figure uses them.
+
+    Half are film reviews, the others verses of both translations; 16 of like length are padded together.
+    """
+    pairs = spread(verse_pairs()[1::2], 256)
+    texts = [text for text, _ in spread(rated_reviews()[2::3], 256)]
+    texts += [old for old, _ in pairs[::2]] + [new for _, new in pairs[1::2]]
+    texts.sort(key=lambda text: len(_tokenizer().encode(text).ids))
+    return write_feeds(root() / "feeds-training", (feeds(texts[at : at + 16]) for at in range(0, len(texts), 16)))
+
+
 def feeds(texts: Sequence[str]) -> dict[str, np.ndarray]:
     """Return the model's inputs for some texts, int64 [texts, tokens], padded to the longest."""
     encoded = _tokenizer().encode_batch(list(texts))
