@@ -1,15 +1,16 @@
 # %% [markdown]
-# # Quantize an encoder, or train it quantized
-#
-# all-MiniLM-L6-v2, a BERT of 22 million weights that turns sentences into vectors, as an exported ONNX file. From there
-# on no training code is needed: each scheme is applied once by calibration alone (PTQ), and once trained behind that by
-# the pass `tune` (QAT), which has the float model for a teacher and needs no labels. Both are ONNX files of the same
-# nodes and the same size.
-#
-#     bash tools/venv.sh cpu text real && .venv/bin/python examples/encoder.py
-#
-# That takes about ten minutes on two cores; the model is fetched the first time. The cells are those of a notebook:
-# editors that know `# %%` run them one by one.
+"""# Quantize an encoder, or train it quantized
+
+all-MiniLM-L6-v2, a BERT of 22 million weights that turns sentences into vectors, as an exported ONNX file. From there on
+no training code is needed: each scheme is applied once by calibration alone (PTQ), and once trained behind that by the
+pass `tune` (QAT), which has the float model for a teacher and needs no labels. Both are ONNX files of the same nodes and
+the same size.
+
+    bash tools/venv.sh cpu text real && .venv/bin/python examples/encoder.py
+
+That takes about ten minutes on two cores; the model is fetched the first time. The cells are those of a notebook:
+editors that know `# %%` run them one by one.
+"""
 
 # %%
 import argparse
