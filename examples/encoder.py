@@ -1,10 +1,10 @@
 # %% [markdown]
-"""# Quantize an encoder, or train it quantized
+"""# Quantize an encoder, or train it quantized: which is worth what?
 
-all-MiniLM-L6-v2, a BERT of 22 million weights that turns sentences into vectors, as an exported ONNX file. From there on
-no training code is needed: each scheme is applied once by calibration alone (PTQ), and once trained behind that by the
-pass `tune` (QAT), which has the float model for a teacher and needs no labels. Both are ONNX files of the same nodes and
-the same size.
+all-MiniLM-L6-v2, a BERT of 22 million weights that turns sentences into vectors, as an exported ONNX file. From there
+on no training code is needed: each scheme is applied once by calibration alone (PTQ), and once trained behind that by
+the pass `tune` (QAT), which has the float model for a teacher and needs no labels. Both are ONNX files of the same
+nodes and the same size.
 
     bash tools/venv.sh cpu text real && .venv/bin/python examples/encoder.py
 
