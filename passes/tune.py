@@ -26,6 +26,7 @@ other than float32.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -155,7 +156,7 @@ class Tune(QuantPass):
         student = Student.of(
             model, sites, blocks, method, LOSSES[name], self._direction(), settings.dtype, seed, constants
         )
-        learn, judge = self._lessons(student, LOSSES[name].taught, data, scratch)
+        learn, judge = self._lessons(student, LOSSES[name].taught, data, scratch, settings)
         if self.options.minutes:
             settings = replace(settings, steps=self._steps(student, learn, settings))
         key = self._key(model, name, settings, data)
@@ -245,7 +246,9 @@ class Tune(QuantPass):
         ranks = {len(value.shape) for value in model.graph.outputs if value.shape is not None}
         return "kl" if blocks or ranks == {2} else "mse"
 
-    def _lessons(self, student: "Student", taught: bool, data: Any, scratch: Scratch) -> "tuple[Lessons, Lessons]":
+    def _lessons(
+        self, student: "Student", taught: bool, data: Any, scratch: Scratch, settings: "Settings"
+    ) -> "tuple[Lessons, Lessons]":
         """What to learn from, and what to judge by."""
         from qcompiler.tuning import Lessons, row_batches
 
@@ -257,9 +260,13 @@ class Tune(QuantPass):
                 f"tune needs more than {self.options.held_out} batches of calibration data, as many of which it judges "
                 f"by, and got {len(batches)}; give --calibration PATH with more rows, or tune{{held_out=1,batch=...}}"
             )
-        made = Lessons(rows, batches, data.labels, student.answers if taught else None, scratch)
         apart = len(batches) - self.options.held_out
-        return made[:apart], made[apart:]
+        found = []
+        # What is learned from is as exact as descent is, what is judged by is exact.
+        for part, how in ((batches[:apart], settings), (batches[apart:], None)):
+            teacher = partial(student.answers, settings=how) if taught else None
+            found.append(Lessons(rows, part, data.labels, teacher, scratch))
+        return found[0], found[1]
 
     def _settings(self, model: ir.Model) -> "Settings":
         from qcompiler.tuning import Settings, fast_bfloat16

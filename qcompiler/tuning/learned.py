@@ -8,6 +8,7 @@ weights need no more memory than their parameters and what the directions keep.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -40,7 +41,10 @@ class Learned(ABC):
         name: Of the value that it stands for.
         parameters: By name.
         steps: How often they were moved.
+        differs: Whether the value in training may be another than what would be stored.
     """
+
+    differs: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -71,7 +75,7 @@ class Learned(ABC):
     def open(self) -> Tensor:
         """The value in training, to gather gradients until `step`."""
         with torch.no_grad():
-            made = self.form(self._tensors(), training=True)
+            made = self.form(self._tensors(), training=self.differs)
         self._tensor = made.to(self._dtype).detach().requires_grad_()
         return self._tensor
 
@@ -80,11 +84,9 @@ class Learned(ABC):
         opened, self._tensor = self._tensor, None
         if opened is None or opened.grad is None:
             return
-        leaves = {key: tensor.detach().requires_grad_() for key, tensor in self._tensors().items()}
-        with torch.enable_grad():
-            self.form(leaves, training=True).backward(opened.grad.float())
+        slopes = self.slopes(opened.grad.float())
         for key, each in self.parameters.items():
-            slope = leaves[key].grad
+            slope = slopes.get(key)
             if slope is None:
                 continue
             if each.kind == "weight" and pace.decay:
@@ -93,6 +95,13 @@ class Learned(ABC):
             each.tensor.sub_(direction * each.unit if pace.units else direction, alpha=pace.of(each.kind))
         self.steps += 1
         self.settle()
+
+    def slopes(self, slope: Tensor) -> Mapping[str, Tensor | None]:
+        """Those of the parameters, which descent may write over, from that of the value."""
+        leaves = {key: tensor.detach().requires_grad_() for key, tensor in self._tensors().items()}
+        with torch.enable_grad():
+            self.form(leaves, training=True).backward(slope)
+        return {key: leaf.grad for key, leaf in leaves.items()}
 
     def state(self) -> dict[str, np.ndarray]:
         """All that `step` has changed, in the memory that it changes."""

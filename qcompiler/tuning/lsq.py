@@ -9,13 +9,12 @@ The paper begins at 2 mean|x| / sqrt(Qp); here a step begins where calibration, 
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcompiler.tuning.qat import passing, rounded
-
-__all__ = ["gradient_scale", "learned_step"]
+__all__ = ["gradient_scale", "learned_step", "nearest", "slopes"]
 
 
 def gradient_scale(count: int, high: int) -> float:
@@ -33,5 +32,41 @@ def learned_step(x: Tensor, step: Tensor, low: int | Tensor, high: int | Tensor,
         high: Qp, of the same kind.
         factor: g.
     """
-    slow = passing(step, step, factor)
-    return rounded(torch.clamp(x / slow, low, high)) * slow
+    found: Tensor = _LearnedStep.apply(x, step, low, high, factor)
+    return found
+
+
+def slopes(
+    slope: Tensor, x: Tensor, step: Tensor, low: int | Tensor, high: int | Tensor, factor: float
+) -> tuple[Tensor, Tensor]:
+    """Those of x and of the step, from that of `learned_step`."""
+    place = x / step
+    code = nearest(place, low, high)
+    inside = (place >= low) & (place <= high)
+    of_step = code.sub_(place.mul_(inside)).mul_(slope).sum_to_size(step.shape).mul_(factor)
+    return slope * inside, of_step
+
+
+def nearest(place: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
+    """The nearest codes of what is measured in steps."""
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        return torch.minimum(torch.maximum(place, low), high).round_()
+    return torch.clamp(place, low, high).round_()
+
+
+class _LearnedStep(torch.autograd.Function):  # type: ignore[misc]
+    """`learned_step`; what PyTorch would remember of its operators is several times x."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, step: Tensor, low: int | Tensor, high: int | Tensor, factor: float) -> Tensor:
+        """The values."""
+        context.save_for_backward(x, step)
+        context.range, context.factor = (low, high), factor
+        return nearest(x / step, low, high).mul_(step)
+
+    @staticmethod
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """See `slopes`."""
+        x, step = context.saved_tensors
+        low, high = context.range
+        return *slopes(slope, x, step, low, high, context.factor), None, None, None

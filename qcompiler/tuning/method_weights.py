@@ -28,6 +28,8 @@ _SMALLEST = 0.05
 class StraightThrough(TrainedWeight):
     """Grids stay as they are, and weights within the cells of their codes, where the gradient passes unchanged."""
 
+    differs = False
+
     def extra(self, latent: Tensor) -> dict[str, Parameter]:
         """Latents begin at the codes."""
         self.begin_at_codes(latent)
@@ -39,10 +41,13 @@ class StraightThrough(TrainedWeight):
         codes, scale = self.quantized(parameters)
         return qat.passing(codes * scale, parameters[self.WEIGHT])
 
+    def slopes(self, slope: Tensor) -> Mapping[str, Tensor | None]:
+        """The same as that of the value."""
+        return {self.WEIGHT: self._layout.from_graph(slope).clone()}
+
     def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The nearest codes."""
-        place = parameters[self.WEIGHT].detach() / self.first
-        return torch.maximum(torch.minimum(place.round(), self.high), self.low), self.first
+        return lsq.nearest(parameters[self.WEIGHT].detach() / self.first, self.low, self.high), self.first
 
     def settle(self) -> None:
         """No latent goes where it could not come back from."""
@@ -56,6 +61,8 @@ class StraightThrough(TrainedWeight):
 class LearnedStep(TrainedWeight):
     """LSQ: the step is learned with the weights. It keeps the sign of the scale it begins with."""
 
+    differs = False
+
     STEP = "step"
 
     def extra(self, latent: Tensor) -> dict[str, Parameter]:
@@ -68,15 +75,25 @@ class LearnedStep(TrainedWeight):
         """Fake quantization with gradients of both."""
         sign, step = torch.sign(self.first), parameters[self.STEP]
         kept = qat.passing(self.stored(step * sign) * sign, step)
-        count, high = self.start.spec.group_size, max(int(self.start.spec.format.qmax // 2), 1)
-        factor = lsq.gradient_scale(count, high)
-        return lsq.learned_step(parameters[self.WEIGHT] * sign, kept, self.low, self.high, factor) * sign
+        return lsq.learned_step(parameters[self.WEIGHT] * sign, kept, self.low, self.high, self._factor) * sign
+
+    def slopes(self, slope: Tensor) -> Mapping[str, Tensor | None]:
+        """By the equations of the paper."""
+        parameters = self._tensors()
+        scale = self.stored(parameters[self.STEP] * torch.sign(self.first))
+        slope = self._layout.from_graph(slope)
+        of_weight, of_scale = lsq.slopes(slope, parameters[self.WEIGHT], scale, self.low, self.high, self._factor)
+        return {self.WEIGHT: of_weight, self.STEP: of_scale.mul_(torch.sign(self.first))}
 
     def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The nearest codes on the grid as it is stored."""
         scale = self.stored(parameters[self.STEP].detach() * torch.sign(self.first))
-        place = parameters[self.WEIGHT].detach() / scale
-        return torch.maximum(torch.minimum(place, self.high), self.low).round(), scale
+        return lsq.nearest(parameters[self.WEIGHT].detach() / scale, self.low, self.high), scale
+
+    @property
+    def _factor(self) -> float:
+        """Of the step's slope."""
+        return lsq.gradient_scale(self.start.spec.group_size, max(int(self.start.spec.format.qmax // 2), 1))
 
     def settle(self) -> None:
         """Steps stay positive."""

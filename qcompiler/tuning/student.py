@@ -30,6 +30,7 @@ from qcompiler.tuning.method_weights import (
     TrainedTernary,
     Xnor,
 )
+from qcompiler.tuning.rounding import Settings, products
 from qcompiler.tuning.sites import code_arrays, codes_of, put_back, start_of
 from qcompiler.tuning.trained_weight import TrainedWeight
 
@@ -155,19 +156,23 @@ class Student:
         learned = [(value, scale) for value, scale in scales.items() if scale.name in opened]
         return cls(stages, head, switch, _originals(sites), weights, [*vectors, *extra.values()], learned)
 
-    def answers(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What the head reads in the float model."""
+    def answers(self, feeds: Mapping[str, np.ndarray], settings: Settings | None = None) -> dict[str, np.ndarray]:
+        """What the head reads in the float model; with settings as exact as these have descent."""
         boundary = {name: from_numpy(array) for name, array in feeds.items()}
         self.switch.on = False
         try:
-            with torch.no_grad():
+            with torch.no_grad(), products(settings or Settings()):
                 for stage in self.stages:
                     given = {name: value for name, value in self.originals.items() if name in stage.graph.names}
                     results = stage.graph.run({name: boundary[name] for name in stage.graph.inputs}, given)
                     boundary = {**{name: boundary[name] for name in stage.carried}, **results}
         finally:
             self.switch.on = True
-        return {name: boundary[name].numpy().copy() for name in self.head.graph.inputs}
+        found = {name: boundary[name] for name in self.head.graph.inputs}
+        return {
+            name: (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
+            for name, value in found.items()
+        }
 
     def arrays(self) -> Arrays:
         """What was learned, as it will be stored."""

@@ -54,7 +54,9 @@ def prepared(scheme, data, model=None, **options):
 
 def trained(model, ctx, **options):
     """The records of training."""
-    return apply("tune", model, ctx, **{"steps": STEPS, "batch": 8, "rate": 0.02, "vector_rate": 0.002, **options}).records
+    return apply(
+        "tune", model, ctx, **{"steps": STEPS, "batch": 8, "rate": 0.02, "vector_rate": 0.002, **options}
+    ).records
 
 
 def losses(records):
@@ -236,6 +238,31 @@ def test_training_begins_at_the_codes(method, algorithm, scheme):
     for site, weight in student.weights:
         assert np.array_equal(weight.codes, site.quantized.codes())
         assert np.array_equal(weight.value().numpy(), site.quantized.numpy())
+
+
+@pytest.mark.parametrize("method", ["qat", "lsq"])
+@pytest.mark.parametrize("scheme", ["w2a8-static-sym", "w3a16-g16-asym"])
+def test_written_out_slopes_are_those_of_the_form(method, scheme):
+    """For weights beyond the range of codes too, and scales of either sign."""
+    import torch
+
+    from qcompiler.tuning import LOSSES, METHODS, Adam, Student
+    from qcompiler.tuning.learned import Learned
+
+    model, ctx = prepared(scheme, images(3))
+    sites = [site for site in find_sites(model)[0] if site.quantized is not None]
+    student = Student.of(model, sites, [], METHODS[method], LOSSES["kl"], Adam, torch.float32, 0)
+    signs = set()
+    for _, weight in student.weights:
+        signs |= set(torch.sign(weight.first).flatten().tolist())
+        weight.parameters["weight"].tensor.mul_(1.5)
+        assert torch.equal(weight.open(), weight.form(weight._tensors(), training=True))
+        slope = torch.from_numpy(normal(tuple(weight.value().shape), 9))
+        found, expected = weight.slopes(slope.clone()), Learned.slopes(weight, slope)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert signs == ({-1.0, 1.0} if scheme.endswith("sym") and not scheme.endswith("asym") else {1.0})
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8-static"])
