@@ -249,7 +249,7 @@ def test_written_out_slopes_are_those_of_the_form(method, scheme):
     from qcompiler.tuning import LOSSES, METHODS, Adam, Student
     from qcompiler.tuning.learned import Learned
 
-    model, ctx = prepared(scheme, images(3))
+    model, _ = prepared(scheme, images(3))
     sites = [site for site in find_sites(model)[0] if site.quantized is not None]
     student = Student.of(model, sites, [], METHODS[method], LOSSES["kl"], Adam, torch.float32, 0)
     signs = set()
