@@ -8,7 +8,7 @@ nodes and the same size.
 
     bash tools/venv.sh cpu text real && .venv/bin/python examples/encoder.py
 
-That takes about ten minutes on two cores; the model is fetched the first time. The cells are those of a notebook:
+That takes minutes a scheme on two cores; the model is fetched the first time. The cells are those of a notebook:
 editors that know `# %%` run them one by one.
 """
 
@@ -25,7 +25,7 @@ from benchmarks.zoo.minilm import embedding_cosine, exported_minilm, sentiment_a
 from qcompiler import compile_model
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--schemes", default="w8a8,w4a8-static,w4a4", help="what to compare, with commas between")
+parser.add_argument("--schemes", default="w8a8,w4a8-static", help="what to compare, with commas between")
 parser.add_argument("--steps", type=int, default=150, help="of training")
 args = parser.parse_args()
 FOLDER = Path(tempfile.mkdtemp(prefix="encoder-"))
@@ -67,7 +67,8 @@ for scheme in args.schemes.split(","):
 # %% [markdown]
 # ## What it means
 #
-# Where calibration alone is good enough, training changes little, and costs minutes; the fewer the bits, the more
-# it wins back. From Python `tune` is an algorithm behind the others, as here; from the command line
+# Where calibration alone is good enough, training changes little and costs minutes; docs/methods.md has figures of
+# fewer bits, where there is no other way. From Python `tune` is an algorithm behind the others, as here; from the
+# command line
 #
 #     qcompiler tune model.onnx -o small.onnx --scheme w4a8-static --calibration texts/ --method qat --steps 150

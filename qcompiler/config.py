@@ -132,7 +132,7 @@ class CompileConfig:
                 raise SchemeError(f"{option} {value} is unknown; choose one of {', '.join(known)}")
         if self.effort is not None and self.algorithms:
             raise SchemeError("--effort stands for algorithms; drop it, or --algorithm")
-        if self.labels is not None and (self.calibration is None or self._keyword):
+        if self.labels is not None and (self.calibration is None or self.keyword):
             raise SchemeError("--labels are those of the rows of --calibration; give --calibration PATH with them")
         if self.samples is not None and self.samples < 1:
             raise SchemeError(f"--samples {self.samples} leaves nothing to calibrate on; give at least 1")
@@ -149,15 +149,15 @@ class CompileConfig:
     @property
     def data_free(self) -> bool:
         """Whether the model is to make the calibration data itself."""
-        return self._keyword == SYNTHETIC
+        return self.keyword == SYNTHETIC
 
     @property
     def from_norms(self) -> bool:
         """Whether normalizations alone tell how large activations are (see `norm_prior`)."""
-        return self._keyword == NORMS
+        return self.keyword == NORMS
 
     @property
-    def _keyword(self) -> str:
+    def keyword(self) -> str:
         """What stands for calibration data, if it is one of the words that do."""
         given = str(self.calibration) if isinstance(self.calibration, str | Path) else ""
         return given if given in (SYNTHETIC, NORMS) else ""
@@ -197,7 +197,7 @@ class CompileConfig:
         odd = bool(self.budgets) or self.custom_ops == "prefer" or any(each.needs_operators for each in plan.schemes)
         return {
             **({"custom_ops": self.custom_ops} if odd else {}),
-            **({"calibration": self._keyword} if self._keyword else {}),
+            **({"calibration": self.keyword} if self.keyword else {}),
             "scheme": text[plan.default],
             "embedding": text[plan.embedding],
             "lm_head": text[plan.lm_head],

@@ -48,9 +48,9 @@ def calibration_data(
     """The data that the configuration names, cut to the model's inputs; None if it names none."""
     if config.calibration is None:
         return None
-    if (config.data_free or config.from_norms) and Path(str(config.calibration)).exists():
+    if config.keyword and Path(config.keyword).exists():
         raise CalibrationError(
-            f"--calibration {config.calibration} is a word for calibration without data, but there is a file called so "
+            f"--calibration {config.keyword} is a word for calibration without data, but there is a file called so "
             "too; rename the file, or give its whole path"
         )
     if config.from_norms:

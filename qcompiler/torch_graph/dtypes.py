@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompiler.errors import KernelError
 
-__all__ = ["FLOAT8", "NARROW", "TORCH_DTYPES", "from_numpy", "narrow", "to_float8", "to_torch"]
+__all__ = ["FLOAT8", "NARROW", "TORCH_DTYPES", "as_numpy", "from_numpy", "narrow", "to_float8", "to_torch"]
 
 _D = ir.DataType
 FLOAT8 = {
@@ -85,6 +85,11 @@ def from_numpy(array: np.ndarray, dtype: ir.DataType | None = None) -> Tensor:
 def to_torch(tensor: ir.TensorProtocol) -> Tensor:
     """The values of an onnx_ir tensor."""
     return from_numpy(np.asarray(tensor.numpy()), tensor.dtype)
+
+
+def as_numpy(values: Tensor) -> np.ndarray:
+    """A tensor as an array, of its memory where that is possible; numpy has no bfloat16, which becomes float32."""
+    return np.asarray((values.float() if values.dtype == torch.bfloat16 else values).contiguous().numpy())
 
 
 def narrow(values: Tensor, kind: ir.DataType) -> Tensor:

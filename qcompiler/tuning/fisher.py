@@ -36,7 +36,7 @@ from qcompiler.segments import read_values
 from qcompiler.session import Feeds
 from qcompiler.statistics import OutputFacts
 from qcompiler.torch_graph import TorchGraph
-from qcompiler.torch_graph.dtypes import from_numpy
+from qcompiler.torch_graph.dtypes import as_numpy, from_numpy
 from qcompiler.torch_graph.threads import torch_threads
 from qcompiler.tuning.rounding import fast_bfloat16
 
@@ -132,13 +132,9 @@ def _advanced(model: ir.Model, block: "Segment", boundary: list[Feeds], scratch:
     for feeds in boundary:
         with torch.no_grad(), _products():
             made = graph.run({name: from_numpy(feeds[name]) for name in graph.inputs})
-        kept = {name: scratch.keep(_array(value)) for name, value in made.items()}
+        kept = {name: scratch.keep(as_numpy(value)) for name, value in made.items()}
         following.append({**{name: feeds[name] for name in block.carried}, **kept})
     return following
-
-
-def _array(values: Tensor) -> np.ndarray:
-    return np.asarray((values.float() if values.dtype == torch.bfloat16 else values).contiguous().numpy())
 
 
 def _drawn(words: set[str], mask: np.ndarray | None, random: torch.Generator, answers: _Values) -> _Values:
@@ -215,7 +211,7 @@ class _Back:
         for number in range(row * self._draws, (row + 1) * self._draws):
             if draw is not None:
                 answers = {name: results[name].detach() for name in self._outputs if results[name].requires_grad}
-                self._slopes[number] = {name: _array(slope) for name, slope in draw(answers).items()}
+                self._slopes[number] = {name: as_numpy(slope) for name, slope in draw(answers).items()}
             gradients = self._gradients(results, leaves, number, last=number + 1 == (row + 1) * self._draws)
             for site, gradient in zip(self._taps, gradients, strict=True):
                 part = _add(self.found[site], gradient, mask)
@@ -242,7 +238,7 @@ class _Back:
             gradient = known[id(leaf)]
             if gradient is not None and name in self._reached:
                 total = gradient + self._taken(slopes, name) if name in slopes else gradient
-                slopes[name] = self._scratch.keep(_array(total))
+                slopes[name] = self._scratch.keep(as_numpy(total))
         at_sites = [known.get(id(value)) for value in wanted]
         return [torch.zeros_like(v) if g is None else g for v, g in zip(wanted, at_sites, strict=True)]
 
@@ -255,7 +251,7 @@ class _Back:
 
 def _add(facts: OutputFacts, gradient: Tensor, mask: np.ndarray | None) -> np.ndarray:
     """Add a row's gradients to G; what each token counts, float32 ``[T]``."""
-    rows = torch.from_numpy(feature_rows(_array(gradient.detach().float()), -1, mask))
+    rows = torch.from_numpy(feature_rows(as_numpy(gradient.detach().float()), -1, mask))
     lengths = rows.square().sum(-1)
     heard = lengths[lengths > 0]
     if not len(heard):

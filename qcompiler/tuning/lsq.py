@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gradient_scale", "learned_step", "nearest", "slopes"]
+from qcompiler.tuning.qat import nearest
+
+__all__ = ["gradient_scale", "learned_step", "slopes"]
 
 
 def gradient_scale(count: int, high: int) -> float:
@@ -45,13 +47,6 @@ def slopes(
     inside = (place >= low) & (place <= high)
     of_step = code.sub_(place.mul_(inside)).mul_(slope).sum_to_size(step.shape).mul_(factor)
     return slope * inside, of_step
-
-
-def nearest(place: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
-    """The nearest codes of what is measured in steps."""
-    if isinstance(low, Tensor) and isinstance(high, Tensor):
-        return torch.minimum(torch.maximum(place, low), high).round_()
-    return torch.clamp(place, low, high).round_()
 
 
 class _LearnedStep(torch.autograd.Function):  # type: ignore[misc]

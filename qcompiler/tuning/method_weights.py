@@ -47,7 +47,7 @@ class StraightThrough(TrainedWeight):
 
     def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The nearest codes."""
-        return lsq.nearest(parameters[self.WEIGHT].detach() / self.first, self.low, self.high), self.first
+        return qat.nearest(parameters[self.WEIGHT].detach() / self.first, self.low, self.high), self.first
 
     def settle(self) -> None:
         """No latent goes where it could not come back from."""
@@ -88,7 +88,7 @@ class LearnedStep(TrainedWeight):
     def quantized(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The nearest codes on the grid as it is stored."""
         scale = self.stored(parameters[self.STEP].detach() * torch.sign(self.first))
-        return lsq.nearest(parameters[self.WEIGHT].detach() / scale, self.low, self.high), scale
+        return qat.nearest(parameters[self.WEIGHT].detach() / scale, self.low, self.high), scale
 
     @property
     def _factor(self) -> float:

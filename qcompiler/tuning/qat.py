@@ -12,7 +12,7 @@ Rounding is half to even, as in ONNX's QuantizeLinear, so that y is what ONNX Ru
 import torch
 from torch import Tensor
 
-__all__ = ["fake_quantize", "passing", "rounded"]
+__all__ = ["fake_quantize", "nearest", "passing"]
 
 
 def passing(value: Tensor, x: Tensor, share: Tensor | float = 1.0) -> Tensor:
@@ -20,9 +20,11 @@ def passing(value: Tensor, x: Tensor, share: Tensor | float = 1.0) -> Tensor:
     return value.detach() + share * (x - x.detach())
 
 
-def rounded(x: Tensor) -> Tensor:
-    """The nearest whole numbers; the gradient is 1."""
-    return passing(torch.round(x), x)
+def nearest(place: Tensor, low: int | Tensor, high: int | Tensor) -> Tensor:
+    """The nearest codes of what is measured in steps."""
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        return torch.minimum(torch.maximum(place, low), high).round_()
+    return torch.clamp(place, low, high).round_()
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:

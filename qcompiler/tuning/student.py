@@ -13,7 +13,7 @@ from torch import Tensor
 from qcompiler.checkpoints import Arrays
 from qcompiler.graph import Site, constant_array
 from qcompiler.torch_graph import TorchGraph
-from qcompiler.torch_graph.dtypes import from_numpy, to_torch
+from qcompiler.torch_graph.dtypes import as_numpy, from_numpy, to_torch
 from qcompiler.tuning.activations import LearnedScale, Switch, find_quantizers, quantizer_functions
 from qcompiler.tuning.directions import Adam, Direction
 from qcompiler.tuning.distillation import Head, Stage
@@ -168,11 +168,7 @@ class Student:
                     boundary = {**{name: boundary[name] for name in stage.carried}, **results}
         finally:
             self.switch.on = True
-        found = {name: boundary[name] for name in self.head.graph.inputs}
-        return {
-            name: (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
-            for name, value in found.items()
-        }
+        return {name: as_numpy(boundary[name]).copy() for name in self.head.graph.inputs}
 
     def arrays(self) -> Arrays:
         """What was learned, as it will be stored."""

@@ -44,9 +44,9 @@ class TrainedWeight(Learned):
         """Begin at the original weight, as `start` has it quantized; a lean one keeps Adafactor's magnitudes of it."""
         self.start, self._layout = start, start.shapes
         self.first = torch.from_numpy(start.grid.scale.astype(np.float32))[..., None]
-        zero = torch.from_numpy(start.grid.zero_point.astype(np.float32))[..., None]
+        self._zero = torch.from_numpy(start.grid.zero_point.astype(np.float32))[..., None]
         low, high = start.spec.limits
-        self.low, self.high = low - zero, high - zero
+        self.low, self.high = low - self._zero, high - self._zero
         self._seed = seed
         latent = self._layout.grouped(torch.from_numpy(np.array(start.weight, np.float32)))
         parameters = {self.WEIGHT: Parameter(latent, self.first.abs()), **self.extra(latent)}
@@ -70,8 +70,7 @@ class TrainedWeight(Learned):
         An algorithm with an eye to other weights chose them, and they are seldom the nearest. What lies beyond the
         range stays there.
         """
-        zero = torch.from_numpy(self.start.grid.zero_point.astype(np.float32))[..., None]
-        code = self._layout.grouped(torch.from_numpy(self.start.codes.astype(np.float32))) - zero
+        code = self._layout.grouped(torch.from_numpy(self.start.codes.astype(np.float32))) - self._zero
         least = torch.where(code > self.low, code - EDGE, -math.inf)
         most = torch.where(code < self.high, code + EDGE, math.inf)
         latent.copy_(torch.maximum(torch.minimum(latent / self.first, most), least).mul_(self.first))
@@ -101,8 +100,7 @@ class TrainedWeight(Learned):
         """Codes uint8 ``[N, K]``, as they will be stored."""
         with torch.no_grad():
             codes, _ = self.quantized(self._tensors())
-        zero = torch.from_numpy(self.start.grid.zero_point.astype(np.float32))[..., None]
-        return np.asarray(self._layout.flat(codes + zero).numpy(), np.uint8)
+        return np.asarray(self._layout.flat(codes + self._zero).numpy(), np.uint8)
 
     @property
     def grid(self) -> Grid:
