@@ -77,11 +77,9 @@ TECHNIQUES = (
     ),
     Technique("second order, learned", "gptq,learned_rounding"),
     Technique("second order, drift, learned", "gptq{drift=0.5},learned_rounding"),
-    Technique("rotations, second order, drift, learned", "rotate,gptq{drift=0.5},learned_rounding"),
-    Technique("second order, distilled", "gptq,learned_rounding{steps=0,distill=100}"),
-    Technique("second order, learned, distilled", "gptq,learned_rounding{distill=100}"),
-    Technique("second order, drift, learned, distilled", "gptq{drift=0.5},learned_rounding{distill=100}"),
-    Technique("all of them", "rotate,gptq{drift=0.5},learned_rounding{distill=100}"),
+    Technique("second order, distilled", "gptq,learned_rounding{distill=100}"),
+    Technique("second order, drift, distilled", "gptq{drift=0.5},learned_rounding{distill=100}"),
+    Technique("rotations, second order, drift, distilled", "rotate,gptq{drift=0.5},learned_rounding{distill=100}"),
 )
 
 

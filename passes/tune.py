@@ -68,6 +68,7 @@ _CHOICES = {
     "schedule": ("cosine", "linear", "constant"),
     "loss": ("auto", "kl", "mse", "labels", "next"),
     "precision": ("auto", "float32", "bfloat16"),
+    "device": ("auto", "cpu", "cuda"),
     "export": ("nodes", "adapter", "merged"),
 }
 
@@ -102,6 +103,7 @@ class Options:
         default="auto",
         metadata={"help": "of descent; auto: bfloat16 if fast and no activation has codes"},
     )
+    device: str = field(default="auto", metadata={"help": "cpu or cuda; auto: where --provider computes"})
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
@@ -155,7 +157,7 @@ class Tune(QuantPass):
         seed, constants = self.context.config.seed, added.constants
         student = Student.of(
             model, sites, blocks, method, LOSSES[name], self._direction(), settings.dtype, seed, constants
-        )
+        ).to(settings.place)
         learn, judge = self._lessons(student, LOSSES[name].taught, data, scratch, settings)
         if self.options.minutes:
             settings = replace(settings, steps=self._steps(student, learn, settings))
@@ -269,16 +271,17 @@ class Tune(QuantPass):
         return found[0], found[1]
 
     def _settings(self, model: ir.Model) -> "Settings":
-        from qcompiler.tuning import Settings, fast_bfloat16
+        from qcompiler.tuning import Settings, fast_bfloat16, find_device
 
         o = self.options
+        device = find_device(o.device, self.context.config.provider).type
         # bfloat16 has 8 bits of mantissa: codes of activations would come out as others than in float32.
         codes = any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in model.graph)
-        fast = o.precision == "bfloat16" or (o.precision == "auto" and not codes and fast_bfloat16())
+        fast = o.precision == "bfloat16" or (o.precision == "auto" and not codes and fast_bfloat16(device))
         return Settings(
             o.steps, o.accumulate, o.rate, o.scale_rate, o.momentum, self.context.config.seed, self.context.threads,
             fast, o.schedule, o.decay, o.optimizer == "adamw", o.check, o.patience, o.vector_rate,
-            o.warmup,
+            o.warmup, device,
         )  # fmt: skip
 
     def _direction(self) -> type:

@@ -89,7 +89,7 @@ def to_torch(tensor: ir.TensorProtocol) -> Tensor:
 
 def as_numpy(values: Tensor) -> np.ndarray:
     """A tensor as an array, of its memory where that is possible; numpy has no bfloat16, which becomes float32."""
-    return np.asarray((values.float() if values.dtype == torch.bfloat16 else values).contiguous().numpy())
+    return np.asarray((values.float() if values.dtype == torch.bfloat16 else values).contiguous().cpu().numpy())
 
 
 def narrow(values: Tensor, kind: ir.DataType) -> Tensor:

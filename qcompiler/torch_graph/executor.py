@@ -5,11 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+import torch
 from torch import Tensor
 
 from qcompiler.errors import KernelError
-from qcompiler.torch_graph.dtypes import TORCH_DTYPES, to_torch
+from qcompiler.torch_graph.devices import CPU
+from qcompiler.torch_graph.dtypes import TORCH_DTYPES, from_numpy, to_torch
 from qcompiler.torch_graph.registry import Call, Operator, describe, find_operator, replaced
 
 __all__ = ["TorchGraph", "unsupported"]
@@ -37,6 +40,9 @@ _OPERATORS = (
 for _name in _OPERATORS:
     importlib.import_module(f"qcompiler.torch_graph.ops_{_name}")
 
+# Constants of fewer values stay on the CPU: shapes, axes and bounds, which functions read.
+_LARGE = 64
+
 
 @dataclass(eq=False)
 class _Step:
@@ -61,7 +67,10 @@ class TorchGraph:
         inputs: Names of the values that are read but neither computed nor constant.
         outputs: Names of the values that `run` returns.
         names: Every name in it, those within bodies included.
+        device: Where its large constants are; what is computed lies where the inputs do (see `devices`).
     """
+
+    device = CPU
 
     def __init__(
         self,
@@ -111,6 +120,19 @@ class TorchGraph:
         made = cls(list(graph), opset_imports, outputs, constants=constants)
         made.names |= {value.name for value in graph.inputs if value.name}  # also those that nothing reads
         return made
+
+    def to(self, device: torch.device) -> "TorchGraph":
+        """Compute on a device from now on, bodies included."""
+        self.device = device
+        self._converted.clear()
+        for step in self._steps:
+            for body, _ in step.call.bodies.values():
+                body.to(device)
+        return self
+
+    def tensors(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        """Arrays as tensors on the device."""
+        return {name: from_numpy(array).to(self.device) for name, array in arrays.items()}
 
     def run(self, feeds: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Compute the outputs.
@@ -170,6 +192,7 @@ class TorchGraph:
         source, tensor = self._converted.get(name, (None, None))
         if source is not stored:
             tensor = to_torch(stored)
+            tensor = tensor.to(self.device) if tensor.numel() >= _LARGE else tensor
             self._converted[name] = (stored, tensor)
         return tensor
 

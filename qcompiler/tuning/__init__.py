@@ -1,5 +1,6 @@
 """Learning by gradient what a weight is rounded to; needs the extra `torch`."""
 
+from qcompiler.torch_graph.devices import find_device
 from qcompiler.tuning.directions import Adam, Momentum, Pace
 from qcompiler.tuning.distillation import Head, Stage, distill, time_of_step
 from qcompiler.tuning.fisher import fisher_information
@@ -32,6 +33,7 @@ __all__ = [
     "addition_problem",
     "distill",
     "fast_bfloat16",
+    "find_device",
     "fisher_information",
     "learn_whole",
     "outcome_arrays",

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qcompiler.torch_graph.devices import CPU
+
 __all__ = ["Adam", "Direction", "Factored", "Momentum", "Pace"]
 
 # Share of the running magnitude of a slope that is kept from step to step.
@@ -62,15 +64,17 @@ class Direction(ABC):
         found = {}
         for name, value in vars(self).items():
             bits = isinstance(value, Tensor) and value.dtype == torch.bfloat16
-            found[name] = np.asarray(value.view(torch.int16) if bits else value)
+            held = value.cpu() if isinstance(value, Tensor) else value
+            found[name] = np.asarray(held.view(torch.int16) if bits else held)
         return found
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """The reverse of `state`."""
+    def restore(self, state: Mapping[str, np.ndarray], device: torch.device = CPU) -> None:
+        """The reverse of `state`; the device is that of slopes."""
         for name, array in state.items():
             if isinstance(getattr(self, name), Tensor):
                 tensor = torch.from_numpy(array.copy())
-                setattr(self, name, tensor.view(torch.bfloat16) if array.dtype == np.int16 else tensor)
+                tensor = tensor.view(torch.bfloat16) if array.dtype == np.int16 else tensor
+                setattr(self, name, tensor.to(device))
             else:
                 setattr(self, name, array.item())
 

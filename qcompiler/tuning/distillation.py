@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qcompiler.checkpoints import Arrays, Periodic
 from qcompiler.torch_graph import TorchGraph
-from qcompiler.torch_graph.dtypes import from_numpy
+from qcompiler.torch_graph.devices import computing_on
 from qcompiler.torch_graph.threads import torch_threads
 from qcompiler.tuning.directions import Pace
 from qcompiler.tuning.learned import Learned
@@ -88,7 +88,7 @@ def distill(
     Returns:
         The loss on the held-out examples before and after; the weights hold what was learned.
     """
-    with torch_threads(settings.threads):
+    with torch_threads(settings.threads), computing_on(head.graph.device):
         best = _Best()
         resumed = _restored(stages, stored, best) if stored is not None else None
         done, before = resumed or (0, _mean(stages, head, held_out))
@@ -111,7 +111,7 @@ def distill(
 def time_of_step(stages: Sequence[Stage], head: Head, examples: Sequence[Example], settings: Settings) -> float:
     """Seconds that a step takes: the second of two on the first examples, none of which moves anything."""
     seconds = 0.0
-    with torch_threads(settings.threads):
+    with torch_threads(settings.threads), computing_on(head.graph.device):
         for _ in range(2):
             began = time.monotonic()
             opened = [{weight.name: weight.open() for weight in stage.weights} for stage in stages]
@@ -221,7 +221,7 @@ def _slopes(
 
 def _at_once(stage: Stage, head: Head, example: Example, settings: Settings, values: _Values, share: float) -> float:
     """Gather the gradients of a share of an example's loss in a model of one stage; returns that share."""
-    feeds = {name: from_numpy(array) for name, array in example.feeds.items()}
+    feeds = stage.graph.tensors(example.feeds)
     with products(settings):
         results = stage.graph.run({name: feeds[name] for name in stage.graph.inputs}, values)
         loss = _loss(head, {**{name: feeds[name] for name in stage.carried}, **results}, example) * share
@@ -249,7 +249,7 @@ def _pass_back(stage: Stage, boundary: _Values, values: _Values, slopes: _Values
 
 def _forward(stages: Sequence[Stage], opened: Sequence[_Values], example: Example) -> tuple[list[_Values], _Values]:
     """What each stage reads, and what the head reads, with the weights that are given for each stage."""
-    boundary = {name: from_numpy(array) for name, array in example.feeds.items()}
+    boundary = stages[0].graph.tensors(example.feeds)
     boundaries = []
     with torch.no_grad():
         for stage, weights in zip(stages, opened, strict=True):
@@ -276,9 +276,9 @@ def _loss(head: Head, reads: _Values, example: Example) -> Tensor:
     """The loss of what the head makes of its reads."""
 
     def wanted() -> _Values:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            exact = {name: from_numpy(example.targets[name]) for name in head.graph.inputs}
-            return head.graph.run(exact, head.originals)
+        with torch.no_grad(), torch.autocast(head.graph.device.type, enabled=False):
+            exact = {name: example.targets[name] for name in head.graph.inputs}
+            return head.graph.run(head.graph.tensors(exact), head.originals)
 
     given = {name: reads[name] for name in head.graph.inputs}
     return head.loss.function(lambda: head.graph.run(given), wanted, example)

@@ -103,9 +103,18 @@ class Learned(ABC):
             self.form(leaves, training=True).backward(slope)
         return {key: leaf.grad for key, leaf in leaves.items()}
 
+    def to(self, device: torch.device) -> None:
+        """Have everything on a device from now on; before the first step."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        for each in self.parameters.values():
+            each.tensor = each.tensor.to(device)
+            each.unit = each.unit.to(device) if isinstance(each.unit, Tensor) else each.unit
+
     def state(self) -> dict[str, np.ndarray]:
-        """All that `step` has changed, in the memory that it changes."""
-        found = {key: each.tensor.numpy() for key, each in self.parameters.items()}
+        """All that `step` has changed, on the CPU in the memory that it changes."""
+        found = {key: each.tensor.cpu().numpy() for key, each in self.parameters.items()}
         for key, direction in self._directions.items():
             found.update({f"{key}.{name}": array for name, array in direction.state().items()})
         return {**found, "steps": np.array(self.steps)}
@@ -115,7 +124,7 @@ class Learned(ABC):
         for key, each in self.parameters.items():
             each.tensor.copy_(torch.from_numpy(np.array(state[key])))
             kept = {name.removeprefix(f"{key}."): array for name, array in state.items() if name.startswith(f"{key}.")}
-            self._directions[key].restore(kept)
+            self._directions[key].restore(kept, each.tensor.device)
         self.steps = int(state["steps"])
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class LearnedVector(Learned):
     @property
     def values(self) -> np.ndarray:
         """float32."""
-        return np.asarray(self.parameters["values"].tensor.numpy())
+        return np.asarray(self.parameters["values"].tensor.cpu().numpy())
 
     def form(self, parameters: Mapping[str, Tensor], *, training: bool) -> Tensor:
         """What stands in the place of the vector in the graph."""
@@ -77,7 +77,7 @@ def vectors_apart(parts: Sequence[Sequence[ir.Node]], *, biases: bool = False) -
 
 def vector_arrays(vectors: Iterable[Learned]) -> dict[str, np.ndarray]:
     """What was learned of initializers, for a checkpoint and for `put_back_vectors`."""
-    return {_KEY + each.name: np.asarray(each.value().numpy()) for each in vectors}
+    return {_KEY + each.name: np.asarray(each.value().cpu().numpy()) for each in vectors}
 
 
 def put_back_vectors(model: ir.Model, arrays: Mapping[str, np.ndarray]) -> list[str]:

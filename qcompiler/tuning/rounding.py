@@ -63,6 +63,8 @@ class Settings:
         decay: Share of a latent that the first step takes off.
         units: Whether rates are distances (see `directions.Pace`).
         vector_rate: First step of float vectors; None: as of scales.
+        warmup: Share of the steps in which rates rise from zero.
+        device: Where descent computes: cpu or cuda.
         check: Steps between looks at the held-out loss, after which the best result is kept; 0: only at the end.
         patience: Looks without a better result after which descent stops; 0: none.
     """
@@ -82,11 +84,17 @@ class Settings:
     patience: int = 0
     vector_rate: float | None = None
     warmup: float = 0.0
+    device: str = "cpu"
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights in products."""
         return torch.bfloat16 if self.bfloat16 else torch.float32
+
+    @property
+    def place(self) -> torch.device:
+        """The device."""
+        return torch.device(self.device)
 
     def pace(self, step: int) -> Pace:
         """How far a step goes, 0 being the first."""
@@ -156,15 +164,17 @@ def tune_block(
     return Outcome([w.codes for w in weights], [w.grid for w in weights], before, after)
 
 
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32."""
+def fast_bfloat16(device: str = "cpu") -> bool:
+    """Whether a device multiplies bfloat16 faster than float32."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
     # PyTorch says so in private places only, which not every version has.
     return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile"))
 
 
 def products(settings: Settings) -> torch.autocast:
     """Let PyTorch compute products in the precision that the settings ask for."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=settings.bfloat16)
+    return torch.autocast(settings.device, torch.bfloat16, enabled=settings.bfloat16)
 
 
 def shuffled(count: int, seed: int) -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor
 from qcompiler.checkpoints import Arrays
 from qcompiler.graph import Site, constant_array
 from qcompiler.torch_graph import TorchGraph
-from qcompiler.torch_graph.dtypes import as_numpy, from_numpy, to_torch
+from qcompiler.torch_graph.devices import computing_on
+from qcompiler.torch_graph.dtypes import as_numpy, to_torch
 from qcompiler.tuning.activations import LearnedScale, Switch, find_quantizers, quantizer_functions
 from qcompiler.tuning.directions import Adam, Direction
 from qcompiler.tuning.distillation import Head, Stage
@@ -156,12 +157,23 @@ class Student:
         learned = [(value, scale) for value, scale in scales.items() if scale.name in opened]
         return cls(stages, head, switch, _originals(sites), weights, [*vectors, *extra.values()], learned)
 
+    def to(self, device: torch.device) -> "Student":
+        """Compute on a device from now on, parameters included; before the first step."""
+        for stage in self.stages:
+            stage.graph.to(device)
+        for each in (*(weight for _, weight in self.weights), *self.vectors, *(scale for _, scale in self.scales)):
+            each.to(device)
+        self.originals = {name: value.to(device) for name, value in self.originals.items()}
+        originals = {name: value.to(device) for name, value in self.head.originals.items()}
+        self.head = replace(self.head, graph=self.head.graph.to(device), originals=originals)
+        return self
+
     def answers(self, feeds: Mapping[str, np.ndarray], settings: Settings | None = None) -> dict[str, np.ndarray]:
         """What the head reads in the float model; with settings as exact as these have descent."""
-        boundary = {name: from_numpy(array) for name, array in feeds.items()}
+        boundary, device = self.stages[0].graph.tensors(feeds), self.head.graph.device
         self.switch.on = False
         try:
-            with torch.no_grad(), products(settings or Settings()):
+            with torch.no_grad(), computing_on(device), products(settings or Settings(device=device.type)):
                 for stage in self.stages:
                     given = {name: value for name, value in self.originals.items() if name in stage.graph.names}
                     results = stage.graph.run({name: boundary[name] for name in stage.graph.inputs}, given)

@@ -92,19 +92,20 @@ class TrainedWeight(Learned):
 
     def stored(self, scale: Tensor) -> Tensor:
         """A scale as it will be stored; its gradient passes unchanged."""
-        rounded = stored_scale(scale.detach().expand_as(self.first).squeeze(-1).numpy(), self.start.spec)
-        return passing(torch.from_numpy(rounded)[..., None], scale)
+        exact = scale.detach().expand_as(self.first).squeeze(-1)
+        rounded = torch.from_numpy(stored_scale(exact.cpu().numpy(), self.start.spec))
+        return passing(rounded.to(exact.device)[..., None], scale)
 
     @property
     def codes(self) -> np.ndarray:
         """Codes uint8 ``[N, K]``, as they will be stored."""
         with torch.no_grad():
             codes, _ = self.quantized(self._tensors())
-        return np.asarray(self._layout.flat(codes + self._zero).numpy(), np.uint8)
+        return np.asarray(self._layout.flat(codes + self._zero).cpu().numpy(), np.uint8)
 
     @property
     def grid(self) -> Grid:
         """Scales and zero points ``[N, G]``, as they will be stored."""
         with torch.no_grad():
             scale = self.stored(self.quantized(self._tensors())[1])
-        return Grid(scale.squeeze(-1).numpy(), self.start.grid.zero_point)
+        return Grid(scale.squeeze(-1).cpu().numpy(), self.start.grid.zero_point)
