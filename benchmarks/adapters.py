@@ -6,8 +6,8 @@ DIR holds what `python -m benchmarks.zoo.smollm2 DIR` made. The text is that of 
 44 kB to judge by, in rows of 256 tokens. Each row of the table is a command, `qcompile` or `qcompiler tune --loss
 next`; the adapters are a file for ONNX Runtime's LoraAdapter, which is loaded, and the model without it has to be the
 quantized one. The exit code is 1 if QLoRA lowers perplexity by less than a tenth or takes more than 2 GB, if BitFit
-does not lower it or trains more than 0.2 % of the parameters, or if the adapter does not switch the model. NF4 needs
-the library of our operators (`python -m qcompiler.kernels.build`).
+does not lower it or trains more than 0.2 % of the parameters, or if the adapter does not switch the model. Scales of
+NF4 are quantized too; it needs the library of our operators (`python -m qcompiler.kernels.build`).
 """
 
 import argparse
@@ -95,7 +95,7 @@ def measure(bench: Path, way: tuple[str, str, str, str], steps: int) -> Result:
             folder / "train.npy",
             "--no-verify",
             "--algorithm",
-            "codebook" if "nf4" in scheme else "gptq",
+            "codebook,double_quantize" if "nf4" in scheme else "gptq",
         ]
         training = ["--method", method, "--loss", "next", "--steps", str(steps), "--batch", "2"]
         training += ["--options", more] if more else []

@@ -120,7 +120,7 @@ class Tune(QuantPass):
 
     name = "tune"
     stage = Stage.QUANTIZE
-    after = (WEIGHTS, "insert_qdq", "insert_dynamic")
+    after = (WEIGHTS, "double_quantize", "insert_qdq", "insert_dynamic")
     paper = "see `qcompiler.tuning`"
     needs_calibration = True
     Options = Options

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from qcompiler.graph import PASS_KEY, SCHEME_KEY, SITE_KEY, SPARSE_KEY, Site, unique_name
 from qcompiler.numerics.affine import WeightSpec
 from qcompiler.numerics.codebooks import table_of_rows
+from qcompiler.numerics.double_scales import double_quantized
 from qcompiler.numerics.formats import int_format
 from qcompiler.numerics.packing import centred, pack_codes, pack_matmul_nbits, pack_stream
 from qcompiler.targets import block_size
@@ -73,7 +74,27 @@ def block_constants(site: Site, *, flat: bool = False) -> list[ir.Value | None]:
     if tensor.zero_point is not None:
         zero = constant("zero_points", pack_codes(tensor.zero_point[:, spread], spec.bits))
     same = len(spread) == tensor.scale.shape[1]
-    return [codes, constant("scales", tensor.scale if same else tensor.scale[:, spread]), zero]
+    if "scales" not in made:
+        scale = tensor.scale if same else tensor.scale[:, spread]
+        made["scales"] = _add_scales(graph, f"{site.weight.name}_scales", scale, spec)
+    return [codes, made["scales"], zero]
+
+
+def _add_scales(graph: ir.Graph, name: str, scale: np.ndarray, spec: WeightSpec, more: int = 0) -> ir.Value:
+    """Scales ``[N, G]`` with a number of dimensions more: a constant, or codes and steps that are multiplied."""
+    shape = scale.shape + (1,) * more
+    if not spec.double:
+        return add_constant(graph, name, scale.reshape(shape))
+    codes, step = double_quantized(scale)
+    stored = add_constant(graph, f"{name}_codes", codes.reshape(shape))
+    steps = add_constant(graph, f"{name}_steps", step.reshape(len(step), *(1,) * (len(shape) - 1)))
+    widened = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, name=unique_name(graph, f"{name}_Cast"))
+    product = ir.node("Mul", [widened.outputs[0], steps], name=unique_name(graph, f"{name}_Mul"))
+    for node, output in ((widened, f"{name}_widened"), (product, name)):
+        value = node.outputs[0]
+        value.name, value.shape, value.dtype = unique_name(graph, output), ir.Shape(shape), ir.DataType.FLOAT
+    graph.insert_before(graph[0], [widened, product])
+    return product.outputs[0]
 
 
 def make_node(
@@ -202,12 +223,12 @@ def stream_constants(site: Site) -> dict[str, ir.Value]:
         codes = pack_stream(tensor.codes(), spec.code_bits, spec.group_size // max(spec.vector, 1))
         made["B"] = add_constant(graph, f"{name}_codes", codes)
         if spec.signs:  # codes 0 and 1 about a half
-            made["scales"] = add_constant(graph, f"{name}_scales", 2 * tensor.scale[..., None])
-            made["magnitudes"] = add_constant(graph, f"{name}_magnitudes", tensor.scale[..., None])
+            made["scales"] = _add_scales(graph, f"{name}_scales", 2 * tensor.scale, spec, 1)
+            made["magnitudes"] = _add_scales(graph, f"{name}_magnitudes", tensor.scale, spec, 1)
             half = np.full((1, 1, 1), 0.5, tensor.scale.dtype)
             made["zero_points"] = add_constant(graph, f"{name}_zero_points", half)
             return made
-        made["scales"] = add_constant(graph, f"{name}_scales", tensor.scale[..., None])
+        made["scales"] = _add_scales(graph, f"{name}_scales", tensor.scale, spec, 1)
         if tensor.tables is not None:
             starts = table_of_rows(spec, tensor.rows, tensor.columns) * spec.entries
             made["codebook"] = add_constant(graph, f"{name}_tables", tensor.tables.reshape(-1, spec.vector))

@@ -78,7 +78,7 @@ class QuantizedTensor(ir.LazyTensor):
     @property
     def stored_bytes(self) -> int:
         """Bytes of packed codes, scales and zero points together."""
-        scale_bytes = self.scale.size * storage_dtype(self.spec.scale_dtype).itemsize
+        scale_bytes = self.rows * self.spec.scale_bytes(self.scale.shape[1])
         if self.tables is not None:
             return int(self.packed.nbytes + scale_bytes + self.tables.nbytes)
         width = self.spec.format.container

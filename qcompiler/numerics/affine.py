@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.errors import NumericsError
+from qcompiler.numerics.double_scales import double_rounded
 from qcompiler.numerics.formats import FLOAT8_MAX, IntFormat, float8_bits, float8_values, int_format
 
 __all__ = [
@@ -55,6 +56,7 @@ class WeightSpec:
             are symmetric and a stream; 0 where codes are numbers.
         known: With `vector` 1: the name of the table where it is known and not learned (``nf4``).
         sparse: What is zero stays zero.
+        double: Scales are codes of 8 bits times a step for each row (see `double_scales`).
     """
 
     bits: int
@@ -69,6 +71,7 @@ class WeightSpec:
     vector: int = 0
     known: str = ""
     sparse: bool = False
+    double: bool = False
 
     @property
     def code_bits(self) -> int:
@@ -104,11 +107,16 @@ class WeightSpec:
 
     def stored_bits(self, columns: int) -> float:
         """Bits per weight with scales and zero points included, as they lie in the file; tables are not."""
+        scales = 8 * self.scale_bytes(self.groups(columns)) / columns
         if self.vector:
-            return self.bits + self.groups(columns) * 8 * storage_dtype(self.scale_dtype).itemsize / columns
+            return self.bits + scales
         width, zero = (self.bits, 8) if self.stream else (self.format.container, self.format.container)
-        scale_bits = 8 * storage_dtype(self.scale_dtype).itemsize + (0 if self.symmetric else zero)
-        return width + self.groups(columns) * scale_bits / columns
+        return width + scales + (0 if self.symmetric else zero * self.groups(columns) / columns)
+
+    def scale_bytes(self, groups: int) -> int:
+        """Bytes of the scales of a row."""
+        itemsize = storage_dtype(self.scale_dtype).itemsize
+        return groups + itemsize if self.double else groups * itemsize
 
 
 @dataclass(frozen=True)
@@ -135,12 +143,16 @@ def storage_dtype(name: str) -> np.dtype[Any]:
 
 
 def stored_scale(scale: np.ndarray, spec: WeightSpec) -> np.ndarray:
-    """Round scales to what the file will hold, keeping them away from zero and denormals."""
+    """Round scales to what the file will hold, keeping them away from zero and denormals.
+
+    Those of whole rows, where `spec.double` says that they have a step in common.
+    """
     smallest = np.float32(_SMALLEST_SCALE[spec.scale_dtype])
     scale = np.where(np.abs(scale) < smallest, np.copysign(smallest, scale), scale)
     if spec.scale_dtype != "float32":
         scale = scale.astype(storage_dtype(spec.scale_dtype))
-    return scale.astype(np.float32)
+    scale = scale.astype(np.float32)
+    return double_rounded(scale) if spec.double else scale
 
 
 def _grouped(weight: np.ndarray, group_size: int) -> np.ndarray:
