@@ -69,7 +69,8 @@ class AssignScheme(QuantPass):
                 text = "" if reason else str(resolved)
             kind = (text, bool(text) and "KN" in site.layout)
             chosen.setdefault(site.weight, {}).setdefault(kind, []).append(site)
-            records.append(SiteRecord(site.name, "assigned" if text else "skipped", text, reason))
+            size = {"weights": float(site.rows * site.columns)} if text else {}
+            records.append(SiteRecord(site.name, "assigned" if text else "skipped", text, reason, size))
         for weight, by_kind in chosen.items():
             _apply(weight, by_kind)
         if quantizes_activations(config, dynamic=False):

@@ -247,6 +247,22 @@ def bench_command(models: tuple[Path, ...], verbose: int, quiet: bool, **options
     cli_output.print_bench(bench_models(models, **options))
 
 
+@main.command("report", cls=_Command)
+@click.argument("report", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: beside the report, .html.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file.")
+@verbosity
+def report_command(report: Path, output: Path | None, force: bool, verbose: int, quiet: bool) -> None:
+    """Make a page of REPORT, the .report.json of a compiled model. Needs the extra `report`."""
+    from qcompiler import cli_output
+    from qcompiler.driver import write_report_page
+
+    cli_output.set_up_logging(verbose, quiet)
+    page = output or report.with_suffix(".html")
+    write_report_page(report, page, force=force)
+    cli_output.tell_written(page)
+
+
 @main.command("schemes", cls=_Command)
 def schemes_command() -> None:
     """List the schemes with their bits per weight."""

@@ -165,6 +165,7 @@ compile_options = _all_of(
         metavar="FILE",
         help="Draw what each size costs, for formats chosen by one of these three (.png, .svg).",
     ),
+    click.option("--html", is_flag=True, help="Write the report as a page too, MODEL.report.html (extra `report`)."),
     click.option("--max-memory", help="Memory past which activations go to disk, for example 2GB."),
     click.option(
         "--verify/--no-verify", default=True, show_default=True, help="Compare the output with the float model."

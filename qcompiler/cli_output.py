@@ -31,6 +31,7 @@ __all__ = [
     "print_schemes",
     "print_verification",
     "set_up_logging",
+    "tell_written",
 ]
 
 # A bar for what is over sooner would only flicker.
@@ -163,6 +164,11 @@ def draw_plan(plan: "Plan", path: Path) -> None:
     from qcompiler.report_curve import draw_curve
 
     draw_curve(plan.curve, path)
+    tell_written(path)
+
+
+def tell_written(path: Path) -> None:
+    """Say that a file is there."""
     _console().print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -65,6 +65,7 @@ class CompileConfig:
         max_size: Bytes of the output that formats are chosen for.
         target_kl: Divergence of the outputs, in nats, that the smallest formats are chosen for.
         pareto: Draw what each size costs into this file, .png or .svg, where formats are chosen.
+        html: Write the report as a page too.
         seed: Seeds everything random.
         max_memory: Bytes of anonymous memory past which activations and codes are spilled to disk; None is unlimited.
         verify: Whether the output is compared with the float model.
@@ -105,6 +106,7 @@ class CompileConfig:
     max_size: int | None = None
     target_kl: float | None = None
     pareto: Path | None = None
+    html: bool = False
     seed: int = 0
     max_memory: int | None = None
     verify: bool = True

@@ -1,5 +1,6 @@
 """compile_model: load, run the pipeline, save, verify, report. No algorithm lives here."""
 
+import json
 import logging
 import tempfile
 import time
@@ -22,19 +23,25 @@ from qcompiler.feeding import calibration_data, more_rows
 from qcompiler.files import saver
 from qcompiler.files.loader import load_model, resolve_model_path, source_of
 from qcompiler.files.transaction import OutputTransaction, check_output
+from qcompiler.histograms import WorstWeights, activation_histograms
 from qcompiler.instruments import Dump, Instrument, Legality, MemoryMeter, stored_bytes
 from qcompiler.measuring import bench_output, verify_output, worst_sites
 from qcompiler.pass_manager import PassManager
 from qcompiler.passes.base import PassContext
+from qcompiler.records import Histogram
 from qcompiler.report import CompileReport, Excluded
 from qcompiler.report_curve import draw_curve, require_matplotlib
+from qcompiler.report_html import read_report, report_page, require_html
 from qcompiler.scheme import Scheme
 from qcompiler.scheme_plan import Pattern
 from qcompiler.session import adapter_bytes, cpu_threads, single_threaded_blas
 
-__all__ = ["CompileResult", "compile_model"]
+__all__ = ["CompileResult", "compile_model", "write_report_page"]
 
 logger = logging.getLogger(__name__)
+
+# Sites whose distributions are drawn.
+_DRAWN = 6
 
 
 @dataclass(frozen=True)
@@ -90,14 +97,15 @@ def compile_model(
     with MemoryMeter() as meter, single_threaded_blas(), tempfile.TemporaryDirectory(prefix="qcompiler-") as temporary:
         model = load_model(source)
         place = _Place.of(source, Path(output) if output is not None else Path(temporary) / "model.onnx")
-        place.check(model, force=config.force)
+        place.check(model, force=config.force, html=config.html)
         store = Checkpoints(Path(config.checkpoint)) if config.checkpoint is not None else None
         config, excluded = _without_worst(source, config, pipeline_text)
         before, data = stored_bytes(model), calibration_data(model, config)
         config = pipeline.with_algorithms(config, calibrated=data is not None)
         context = _context(model, config, data, store)
         steps = pipeline.build(config, context, text=pipeline_text)
-        reports = PassManager(steps, _instruments(config)).run(model, meter)
+        worst = WorstWeights(_DRAWN)
+        reports = PassManager(steps, [*_instruments(config), *([worst] if config.html else [])]).run(model, meter)
         config = pipeline.settled(config, context.settled)
         report = CompileReport(config, _source_name(source), reports, data, before, stored_bytes(model))
         report.excluded, report.checkpoints = excluded, store.tally if store is not None else {}
@@ -111,7 +119,7 @@ def compile_model(
             else:
                 place.copy(source, transaction)
             sizes = saver.file_bytes(transaction.seal())
-            _measure(report, _reference(source), model, transaction.staged(place.model))
+            _measure(report, source, model, transaction.staged(place.model), worst)
             report.finish(time.perf_counter() - started, meter.peak_bytes, sizes)
             place.write_beside(transaction, context, report)
             files = transaction.commit() if output is not None else []
@@ -127,15 +135,30 @@ def _context(
     return PassContext(config, cpu_threads(config.threads), data, config.progress, store, more)
 
 
-def _measure(report: CompileReport, reference: bytes | Path, model: ir.Model, output: Path) -> None:
-    """Put into the report how close the output is, and how fast."""
-    config, data = report.config, report.calibration
+def _measure(
+    report: CompileReport, source: str | Path | onnx.ModelProto, model: ir.Model, output: Path, worst: WorstWeights
+) -> None:
+    """Put into the report how close the output is, and how fast, and how the worst sites look."""
+    config, data, reference = report.config, report.calibration, _reference(source)
     if not report.changed:
         return
     if config.verify:
         report.verification = verify_output(reference, model, output, config, data)
     if config.bench:
         report.bench = bench_output(reference, model, output, config, data)
+    if config.html:
+        report.histograms = _histograms(source, worst, data)
+
+
+def _histograms(
+    source: str | Path | onnx.ModelProto, worst: WorstWeights, data: CalibrationData | None
+) -> list[Histogram]:
+    """Those of the worst sites' weights, each followed by that of what the site reads."""
+    if data is None or not len(data.batches):
+        return worst.histograms
+    read = activation_histograms(load_model(source), [each.site for each in worst.histograms], data.batches)
+    reads = {each.site: each for each in read}
+    return [each for one in worst.histograms for each in (one, reads.get(one.site)) if each is not None]
 
 
 def _without_worst(
@@ -147,7 +170,7 @@ def _without_worst(
     if config.calibration is not None and not isinstance(config.calibration, str | Path | Sequence):
         config = replace(config, calibration=list(config.calibration))  # it is read several times
     trial = replace(config, exclude_worst=0, verify=False, min_sqnr_db=None, max_kl=None, bench=False, dump_dir=None,
-                    pareto=None)  # fmt: skip
+                    pareto=None, html=False)  # fmt: skip
     first = compile_model(source, config=trial, pipeline_text=pipeline_text)
     sites = {row.site for row in first.report.sites if row.action == "quantized"}
     if not sites:
@@ -162,6 +185,8 @@ def _without_worst(
 
 def _check_drawing(config: CompileConfig) -> None:
     """Raise OutputError now for a drawing that could not be made after the work."""
+    if config.html:
+        require_html()
     if config.pareto is not None:
         require_matplotlib()
         check_output(config.pareto, force=config.force)
@@ -175,6 +200,15 @@ def _source_name(source: str | Path | onnx.ModelProto) -> str:
 def _reference(source: str | Path | onnx.ModelProto) -> bytes | Path:
     """The float model as `verify` takes it."""
     return source.SerializeToString() if isinstance(source, onnx.ModelProto) else resolve_model_path(source)
+
+
+def write_report_page(report: Path, page: Path, *, force: bool) -> None:
+    """Make a page of a report's JSON file."""
+    text = report_page(read_report(report))
+    check_output(page, force=force)
+    with OutputTransaction(page.parent, force=force) as transaction:
+        transaction.create(page).write(text.encode())
+        transaction.commit()
 
 
 @dataclass(frozen=True)
@@ -203,19 +237,28 @@ class _Place:
         """The report beside the model."""
         return self.model.with_name(f"{self.model.stem}.report.json")
 
+    @property
+    def page(self) -> Path:
+        """The same as a page."""
+        return self.report.with_suffix(".html")
+
     def write_beside(self, transaction: OutputTransaction, context: PassContext, report: CompileReport) -> None:
         """Create what goes with the model: files of passes, and the report."""
         for ending, arrays in context.artifacts.items():
             transaction.create(self.model.with_suffix(f".{ending}")).write(adapter_bytes(arrays))
-        transaction.create(self.report).write(report.to_json().encode())
+        text = report.to_json()
+        transaction.create(self.report).write(text.encode())
+        if report.config.html:
+            transaction.create(self.page).write(report_page(json.loads(text)).encode())
 
-    def check(self, model: ir.Model, *, force: bool) -> None:
+    def check(self, model: ir.Model, *, force: bool, html: bool) -> None:
         """Raise OutputError now for what would be found out only after the work."""
         saver.check_destination(
             self.folder if self.companions else self.model, model, force=force, folder=bool(self.companions)
         )
         if self.folder.exists():
-            check_output(self.report, force=force)
+            for path in (self.report, *((self.page,) if html else ())):
+                check_output(path, force=force)
 
     def write(self, model: ir.Model, transaction: OutputTransaction) -> None:
         """Write the model and what goes along with it."""

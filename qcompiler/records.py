@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["Action", "PassReport", "SiteRecord"]
+__all__ = ["Action", "Histogram", "PassReport", "SiteRecord"]
 
 Action = Literal["assigned", "quantized", "scaled", "fused", "pruned", "rewritten", "activation", "plan", "skipped"]
 
@@ -25,6 +25,27 @@ class SiteRecord:
     spec: str = ""
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How values of a site are distributed.
+
+    Attributes:
+        site: Its name.
+        kind: Which values.
+        low: Lower end of the first bin.
+        high: Upper end of the last one; all bins are as wide.
+        counts: Values in each bin.
+        quantized: The same for what codes stand for; empty where there are none.
+    """
+
+    site: str
+    kind: str
+    low: float
+    high: float
+    counts: tuple[int, ...]
+    quantized: tuple[int, ...] = ()
 
 
 @dataclass

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.config import CompileConfig
-from qcompiler.records import PassReport, SiteRecord
+from qcompiler.records import Histogram, PassReport, SiteRecord
 from qcompiler.report_curve import PlanPoint
 from qcompiler.report_meaning import scheme_meaning
 
@@ -187,6 +187,7 @@ class CompileReport:
         excluded: Sites that were left float for the noise they added.
         checkpoints: For each pass that stores results how many sites came from an earlier run, and of how many.
         curve: What plans of other sizes would cost, where formats were chosen for a budget.
+        histograms: Distributions of the worst sites, where a page is made.
     """
 
     config: CompileConfig
@@ -202,6 +203,7 @@ class CompileReport:
     bench: "tuple[BenchResult, ...]" = ()
     excluded: tuple[Excluded, ...] = ()
     checkpoints: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    histograms: Sequence[Histogram] = ()
 
     def __post_init__(self) -> None:
         records = [record for done in self.passes for record in done.records]
@@ -285,6 +287,7 @@ class CompileReport:
                 name: {"recalled": recalled, "sites": sites} for name, (recalled, sites) in self.checkpoints.items()
             },
             "curve": [asdict(point) for point in self.curve],
+            **({"histograms": [asdict(each) for each in self.histograms]} if self.histograms else {}),
             "activations": [asdict(row) for row in self.activations],
             "notes": self.notes,
             "passes": [

@@ -9,9 +9,10 @@ from qcompiler.errors import OutputError
 from qcompiler.records import SiteRecord
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from rich.table import Table
 
-__all__ = ["PlanPoint", "curve_table", "draw_curve", "require_matplotlib"]
+__all__ = ["PlanPoint", "curve_table", "draw_curve", "draw_points", "require_matplotlib"]
 
 _LINES = 12
 
@@ -65,8 +66,22 @@ def require_matplotlib() -> None:
         ) from error
 
 
+def draw_points(axes: "Axes", points: Sequence[PlanPoint]) -> None:
+    """Draw the curve, cost in logarithms over bits a weight, and mark the plan that was taken."""
+    curve = sorted((p for p in points if not p.chosen and p.expected_cost > 0), key=lambda point: point.bytes)
+    chosen = [point for point in points if point.chosen]
+    axes.semilogy([p.bits_per_weight for p in curve], [p.expected_cost for p in curve], ".-", label="best plans")
+    axes.semilogy(
+        [p.bits_per_weight for p in chosen], [p.expected_cost for p in chosen], "o", label="chosen", markersize=9
+    )
+    axes.set_xlabel("stored bits a weight")
+    axes.set_ylabel("expected cost at the outputs")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+
+
 def draw_curve(points: Sequence[PlanPoint], path: Path) -> Path:
-    """Draw the curve, cost in logarithms over bits a weight, and mark the plan that was taken.
+    """Draw the curve into a file.
 
     Args:
         points: At least one.
@@ -82,19 +97,9 @@ def draw_curve(points: Sequence[PlanPoint], path: Path) -> Path:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    curve = sorted((p for p in points if not p.chosen and p.expected_cost > 0), key=lambda point: point.bytes)
-    chosen = [point for point in points if point.chosen]
     with mpl.rc_context({"svg.hashsalt": "qcompiler"}):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.subplots()
-        axes.semilogy([p.bits_per_weight for p in curve], [p.expected_cost for p in curve], ".-", label="best plans")
-        axes.semilogy(
-            [p.bits_per_weight for p in chosen], [p.expected_cost for p in chosen], "o", label="chosen", markersize=9
-        )
-        axes.set_xlabel("stored bits a weight")
-        axes.set_ylabel("expected cost at the outputs")
-        axes.grid(visible=True, alpha=0.3)
-        axes.legend()
+        draw_points(figure.subplots(), points)
         metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
         figure.savefig(path, dpi=120, metadata=metadata)
     return path

@@ -1,4 +1,4 @@
-"""What schemes come to on a target, in words."""
+"""What schemes come to on a target, in words; and words that are fit to be shown."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ from qcompiler.targets import IntegerRules, default_accuracy_level, takes_operat
 if TYPE_CHECKING:
     from qcompiler.scheme import Activations, Scheme
 
-__all__ = ["scheme_meaning"]
+__all__ = ["plain_text", "scheme_meaning"]
 
 
 def scheme_meaning(config: CompileConfig) -> str:
@@ -70,3 +70,9 @@ def _describe_activations(scheme: "Scheme", activations: "Activations", config: 
     zero = "symmetric" if activations.symmetric else "asymmetric"
     kind = str(codes).removesuffix("-sym") if codes.narrow and not codes.fp8 else codes.dtype.name
     return f"one scale for each {owner}, symmetric, {kind} activations, {when}, {zero}"
+
+
+def plain_text(text: object) -> str:
+    """Text without characters that steer a terminal or the direction of writing."""
+    steering = {*range(32), *range(127, 160), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+    return "".join("\N{REPLACEMENT CHARACTER}" if ord(each) in steering else each for each in str(text))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qcompiler.report_advice import worst_sites
 from qcompiler.report_curve import curve_table
 from qcompiler.report_meaning import scheme_meaning
 
@@ -84,11 +85,7 @@ def _print_schemes(console: Console, rows: Sequence["SiteRow"]) -> None:
 
 def _print_worst(console: Console, rows: Sequence["SiteRow"]) -> None:
     """The sites with the largest relative loss, or where none was measured the least SQNR."""
-    measured = [row for row in rows if row.relative_loss is not None]
-    if measured:
-        worst = sorted(measured, key=lambda row: -(row.relative_loss or 0.0))[:_WORST]
-    else:
-        worst = sorted((row for row in rows if row.sqnr_db is not None), key=lambda row: row.sqnr_db or 0.0)[:_WORST]
+    worst = worst_sites(rows, _WORST)
     if len(worst) < 2 or len(worst) == len(rows):
         return
     table = plain_table("worst sites", "scheme", "SQNR dB", "rel. loss")

@@ -38,8 +38,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     "public": ("__init__", "driver config scheme"),
     "driver": (
         "driver",
-        "measuring pipeline pass_manager instruments verify report feeding files segments calibration session runtime "
-        "checkpoints scratch targets graph config scheme records passes.base errors",
+        "measuring pipeline pass_manager histograms instruments verify report feeding files segments calibration "
+        "session runtime checkpoints scratch targets graph config scheme records passes.base errors",
     ),
     "planning": (
         "planning",
@@ -62,6 +62,7 @@ LAYERS: dict[str, tuple[str, str]] = {
         "numerics errors",
     ),
     "instruments": ("instruments", "legality files passes.base graph config records errors"),
+    "histograms": ("histograms", "observing collectors session graph records passes.base"),
     "float_types": ("float_types", "graph kernels.schemas numerics errors"),
     "legality": ("legality", "passes.base graph kernels.schemas errors"),
     "report": ("report report_*", "itself targets config records numerics errors"),

@@ -19,7 +19,7 @@ from qcompiler.errors import ModelError
 from qcompiler.scheme import Scheme
 from qcompiler.scheme_plan import Pattern
 
-SUBCOMMANDS = ("bench", "compare", "compile", "inspect", "passes", "schemes", "tune")
+SUBCOMMANDS = ("bench", "compare", "compile", "inspect", "passes", "report", "schemes", "tune")
 
 
 def run(command, *arguments):
@@ -261,7 +261,7 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "b", "--only", "re:c", "--embedding", "float", "--lm-head", "w4a16", "--target", "cuda", "--format", "qdq",
         "--accuracy-level", 1, "--opset", 22, "--no-sequential", "--provider", "X", "--provider", "Y", "--threads", 2,
         "--seed", 5, "--max-memory", "1.5GiB", "--min-sqnr", 9, "--max-kl", 0.5, "--require-quantized", "--dump-dir",
-        "d", "--pipeline", "rtn", "--calibrator", "mse", "--reduce-range", "--bench",
+        "d", "--pipeline", "rtn", "--calibrator", "mse", "--reduce-range", "--bench", "--html",
         "--exclude-worst", 2, "--kv-cache", "kv4", "--float16", "--checkpoint", "k", "--custom-ops", "never",
         "--labels", "y.npy",
     )  # fmt: skip
@@ -275,7 +275,7 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
         "sequence_length": 99, "force": True, "target": "cuda", "output_format": "qdq", "accuracy_level": 1,
         "opset": 22, "sequential": False, "provider": "X", "verify_providers": ("X", "Y"), "threads": 2, "seed": 5,
         "max_memory": 3 << 29, "verify": True, "min_sqnr_db": 9.0, "max_kl": 0.5, "require_quantized": True,
-        "dump_dir": Path("d"), "calibrator": "mse", "reduce_range": True, "bench": True,
+        "dump_dir": Path("d"), "calibrator": "mse", "reduce_range": True, "bench": True, "html": True,
         "exclude_worst": 2, "kv_cache": "kv4", "float16": True, "checkpoint": Path("k"), "custom_ops": "never",
         "labels": Path("y.npy"),
     }  # fmt: skip
