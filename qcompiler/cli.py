@@ -263,6 +263,31 @@ def report_command(report: Path, output: Path | None, force: bool, verbose: int,
     cli_output.tell_written(page)
 
 
+@main.command(
+    "reproduce",
+    cls=_Command,
+    short_help="Make MODEL again from SOURCE and compare the bytes.",
+    epilog="Example: qcompiler reproduce model.w4.onnx model.onnx --calibration rows.npy",
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--calibration", type=click.Path(path_type=Path), help="The data that it was made with.")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="tokenizer.json for text data.")
+@click.option("--labels", type=click.Path(path_type=Path), help="The labels that it was trained on.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), metavar="DIR", help="Folder for results on the way.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads. Default: all cores.")
+@verbosity
+def reproduce_command(model: Path, source: Path, verbose: int, quiet: bool, **options: Any) -> None:
+    """Make the compiled MODEL again from the float model SOURCE, by the recipe in it, and compare the bytes."""
+    from qcompiler import cli_output
+    from qcompiler.reproducing import reproduce
+
+    cli_output.set_up_logging(verbose, quiet)
+    with cli_output.Progress(hidden=quiet) as progress:
+        found = reproduce(model, source, progress=progress, **options)
+    cli_output.print_reproduction(found)
+
+
 @main.command("schemes", cls=_Command)
 def schemes_command() -> None:
     """List the schemes with their bits per weight."""

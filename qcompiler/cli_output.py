@@ -28,6 +28,7 @@ __all__ = [
     "print_plan",
     "print_propagation",
     "print_report",
+    "print_reproduction",
     "print_schemes",
     "print_verification",
     "set_up_logging",
@@ -170,6 +171,12 @@ def draw_plan(plan: "Plan", path: Path) -> None:
 def tell_written(path: Path) -> None:
     """Say that a file is there."""
     _console().print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_reproduction(files: Sequence[tuple[str, int]]) -> None:
+    """What came out as it was."""
+    for name, size in files:
+        _console().print(f"{name}: {size:,} bytes, all of them equal", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_inspection(inspection: "Inspection", *, every_site: bool) -> None:

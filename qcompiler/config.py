@@ -1,7 +1,7 @@
 """CompileConfig: everything a compilation depends on, in one frozen object."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from qcompiler.errors import SchemeError
 from qcompiler.scheme import Scheme
-from qcompiler.scheme_plan import SchemePlan
+from qcompiler.scheme_plan import Pattern, SchemePlan, parse_optional_scheme
 
 __all__ = [
     "CALIBRATORS",
@@ -189,6 +189,36 @@ class CompileConfig:
             raise SchemeError("--pareto draws how formats are chosen; add --bits-per-weight, --max-size or --target-kl")
         if self.pareto is not None and self.pareto.suffix not in (".png", ".svg"):
             raise SchemeError(f"--pareto {self.pareto}: only .png and .svg are drawn")
+
+    @classmethod
+    def from_recipe(cls, recipe: Mapping[str, Any], **options: Any) -> "CompileConfig":
+        """The configuration that `recipe` was made of, as far as that says it.
+
+        Args:
+            recipe: Plain values; keys that are missing have their defaults.
+            options: Further fields.
+
+        Raises:
+            SchemeError: It has keys that are unknown, or values that mean nothing.
+        """
+        rest = dict(recipe)
+        overrides = [text.rpartition("=")[::2] for text in rest.pop("set", ())]
+        plan = SchemePlan(
+            parse_optional_scheme(rest.pop("scheme")),
+            overrides=tuple((Pattern(name), parse_optional_scheme(text)) for name, text in overrides),
+            ignore=tuple(map(Pattern, rest.pop("ignore", ()))),
+            only=tuple(map(Pattern, rest.pop("only", ()))),
+        )
+        if "embedding" in rest:
+            plan = replace(plan, embedding=parse_optional_scheme(rest.pop("embedding")))
+        if "lm_head" in rest:
+            plan = replace(plan, lm_head=parse_optional_scheme(rest.pop("lm_head")))
+        if "format" in rest:
+            rest["output_format"] = rest.pop("format")
+        rest["algorithms"] = tuple(rest.pop("algorithms", ()))
+        if unknown := sorted(rest.keys() - cls.__dataclass_fields__.keys()):
+            raise SchemeError(f"the recipe says '{unknown[0]}', which is unknown; it is of another version")
+        return cls(plan=plan, **{**rest, **options})
 
     def recipe(self) -> dict[str, Any]:
         """What determines the bytes of the output, as plain values for metadata and report."""

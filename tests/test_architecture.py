@@ -33,8 +33,10 @@ LAYERS: dict[str, tuple[str, str]] = {
     "__main__": ("__main__", "cli"),
     "cli": (
         "cli cli_*",
-        "itself public driver planning measuring pipeline report passes config targets scheme numerics errors",
+        "itself public driver reproducing planning measuring pipeline report passes config targets scheme numerics "
+        "errors",
     ),
+    "reproducing": ("reproducing", "driver files config errors"),
     "public": ("__init__", "driver config scheme"),
     "driver": (
         "driver",
