@@ -263,6 +263,19 @@ def report_command(report: Path, output: Path | None, force: bool, verbose: int,
     cli_output.tell_written(page)
 
 
+@main.command("diff", cls=_Command, short_help="Compare two compiled models by their reports.")
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@verbosity
+def diff_command(first: Path, second: Path, verbose: int, quiet: bool) -> None:
+    """Compare two compiled models by the reports beside them: recipes, figures, and the sites that differ."""
+    from qcompiler import cli_output
+    from qcompiler.report_diff import report_of
+
+    cli_output.set_up_logging(verbose, quiet)
+    cli_output.print_difference(report_of(first), report_of(second), every_site=verbose > 0)
+
+
 @main.command(
     "reproduce",
     cls=_Command,

@@ -23,6 +23,7 @@ __all__ = [
     "default_output",
     "draw_plan",
     "print_bench",
+    "print_difference",
     "print_inspection",
     "print_passes",
     "print_plan",
@@ -171,6 +172,13 @@ def draw_plan(plan: "Plan", path: Path) -> None:
 def tell_written(path: Path) -> None:
     """Say that a file is there."""
     _console().print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_difference(first: dict[str, Any], second: dict[str, Any], *, every_site: bool) -> None:
+    """What differs between two reports."""
+    from qcompiler.report_diff import print_diff
+
+    print_diff(first, second, _console(), every_site=every_site)
 
 
 def print_reproduction(files: Sequence[tuple[str, int]]) -> None:

@@ -19,7 +19,7 @@ from qcompiler.errors import ModelError
 from qcompiler.scheme import Scheme
 from qcompiler.scheme_plan import Pattern
 
-SUBCOMMANDS = ("bench", "compare", "compile", "inspect", "passes", "report", "reproduce", "schemes", "tune")
+SUBCOMMANDS = ("bench", "compare", "compile", "diff", "inspect", "passes", "report", "reproduce", "schemes", "tune")
 
 
 def run(command, *arguments):
