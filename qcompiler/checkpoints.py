@@ -34,12 +34,13 @@ import numpy as np
 
 from qcompiler.errors import OutputError
 
-__all__ = ["Arrays", "Checkpoints", "Pace", "Periodic", "code_version", "digest_of"]
+__all__ = ["ENDING", "Arrays", "Checkpoints", "Pace", "Periodic", "code_version", "digest_of"]
 
 logger = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 
+ENDING = ".checkpoint"
 _MAGIC = b"qcompiler checkpoint 1\n"
 _LENGTH = struct.Struct("<Q")
 _HASH_BYTES = 20
@@ -141,12 +142,15 @@ class Checkpoints:
         """The arrays under a key, read-only and mapped from the file; None if there are none, or they are damaged."""
         path = self._path(key)
         try:
-            return _read(path)
+            found = _read(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s: a checkpoint that cannot be read (%s) and is made again", path, error)
             return None
+        with suppress(OSError):
+            os.utime(path)  # when it was used: see `caching`
+        return found
 
     def put(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Store arrays; where that is impossible there is a warning, once, and nothing more is stored."""
@@ -184,7 +188,7 @@ class Checkpoints:
         return size <= shutil.disk_usage(self._folder).free // 4
 
     def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.checkpoint"
+        return self._folder / f"{key}{ENDING}"
 
     def _begun(self) -> Path:
         """A hidden name for a file that this process is about to write."""

@@ -78,6 +78,8 @@ def _compile(model: Path, options: dict[str, Any]) -> None:
 
     verbose, quiet, dry_run = options.pop("verbose"), options.pop("quiet"), options.pop("dry_run")
     cli_output.set_up_logging(verbose, quiet)
+    if options.pop("cache"):
+        options.update(_cache(options))
     output, text, print_recipe = options.pop("output"), options.pop("pipeline_text"), options.pop("print_recipe")
     config = _config(options)
     if print_recipe:
@@ -143,6 +145,15 @@ def _config(options: dict[str, Any]) -> Any:
         min_sqnr_db=options["min_sqnr"],
         **{name: value for name, value in options.items() if name in known and name not in ("max_memory", "max_size")},
     )
+
+
+def _cache(options: dict[str, Any]) -> dict[str, Any]:
+    """What --cache means."""
+    from qcompiler.caching import DEFAULT_LIMIT, cache_folder
+
+    if options["checkpoint"] is not None:
+        raise SchemeError("--cache and --checkpoint both say where results are kept; keep one of them")
+    return {"checkpoint": cache_folder(), "checkpoint_limit": DEFAULT_LIMIT}
 
 
 def _bytes(text: str | None, option: str) -> int | None:
@@ -299,6 +310,19 @@ def reproduce_command(model: Path, source: Path, verbose: int, quiet: bool, **op
     with cli_output.Progress(hidden=quiet) as progress:
         found = reproduce(model, source, progress=progress, **options)
     cli_output.print_reproduction(found)
+
+
+@main.command("cache", cls=_Command)
+@click.option("--limit", metavar="SIZE", help="Remove what was used longest ago, until this is left, e.g. 5GB; 0: all.")
+@verbosity
+def cache_command(limit: str | None, verbose: int, quiet: bool) -> None:
+    """Show where --cache keeps results, and how much, or clean it up."""
+    from qcompiler import caching, cli_output
+
+    cli_output.set_up_logging(verbose, quiet)
+    folder = caching.cache_folder()
+    removed = None if limit is None else caching.prune(folder, _bytes(limit, "--limit") or 0)
+    cli_output.print_cache(folder, caching.usage(folder), removed)
 
 
 @main.command("schemes", cls=_Command)

@@ -190,6 +190,7 @@ compile_options = _all_of(
         metavar="DIR",
         help="Folder for results on the way: an interrupted command goes on where it stopped when it is given again.",
     ),
+    click.option("--cache", is_flag=True, help="The same in the user's cache folder: see `qcompiler cache`."),
     click.option(
         "--pipeline", "pipeline_text", help="Run exactly these passes, for example one that a failure printed."
     ),

@@ -13,6 +13,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from qcompiler.caching import Usage
     from qcompiler.driver import CompileResult
     from qcompiler.planning import Inspection, Plan
     from qcompiler.propagation import Propagation
@@ -23,6 +24,7 @@ __all__ = [
     "default_output",
     "draw_plan",
     "print_bench",
+    "print_cache",
     "print_difference",
     "print_inspection",
     "print_passes",
@@ -172,6 +174,15 @@ def draw_plan(plan: "Plan", path: Path) -> None:
 def tell_written(path: Path) -> None:
     """Say that a file is there."""
     _console().print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_cache(folder: Path, held: "Usage", removed: "Usage | None") -> None:
+    """Where the cache is, and what it holds."""
+    console = _console()
+    if removed is not None:
+        console.print(f"removed {removed.files} files, {removed.bytes / 1e6:.1f} MB", highlight=False)
+    text = f"{folder}: {held.files} files, {held.bytes / 1e6:.1f} MB"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_difference(first: dict[str, Any], second: dict[str, Any], *, every_site: bool) -> None:

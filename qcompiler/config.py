@@ -79,6 +79,7 @@ class CompileConfig:
         dump_dir: Write the model after each pass here.
         checkpoint: Store results in this folder as they are found, so that an interrupted compilation can go on; no
             byte of the output depends on it.
+        checkpoint_limit: Bytes that this folder may hold in the end; what was used longest ago goes. None: no limit.
         progress: Called with (label, done, total) by whatever may take long.
     """
 
@@ -119,6 +120,7 @@ class CompileConfig:
     force: bool = False
     dump_dir: Path | None = None
     checkpoint: str | Path | None = None
+    checkpoint_limit: int | None = None
     progress: Callable[[str, int, int], None] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,8 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler import pipeline
+from qcompiler.caching import prune
 from qcompiler.calibration import CalibrationData
 from qcompiler.checkpoints import Checkpoints
 from qcompiler.config import CompileConfig
@@ -94,11 +96,10 @@ def compile_model(
     """
     config = _configured(config or CompileConfig(), scheme, calibration, options)
     started = time.perf_counter()
-    with MemoryMeter() as meter, single_threaded_blas(), tempfile.TemporaryDirectory(prefix="qcompiler-") as temporary:
+    with MemoryMeter() as meter, single_threaded_blas(), _temporary() as temporary, _store(config) as store:
         model = load_model(source)
-        place = _Place.of(source, Path(output) if output is not None else Path(temporary) / "model.onnx")
+        place = _Place.of(source, Path(output) if output is not None else temporary / "model.onnx")
         place.check(model, force=config.force, html=config.html)
-        store = Checkpoints(Path(config.checkpoint)) if config.checkpoint is not None else None
         config, excluded = _without_worst(source, config, pipeline_text)
         before, data = stored_bytes(model), calibration_data(model, config)
         config = pipeline.with_algorithms(config, calibrated=data is not None)
@@ -125,6 +126,26 @@ def compile_model(
             files = transaction.commit() if output is not None else []
         files += [draw_curve(report.curve, path) for path in (config.pareto,) if path is not None]
     return CompileResult(model, report, tuple(files), tuple(report.below_floor()))
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    """A folder that is gone in the end."""
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _store(config: CompileConfig) -> Iterator[Checkpoints | None]:
+    """The folder of checkpoints, where there is to be one; in the end it is no larger than it may be."""
+    if config.checkpoint is None:
+        yield None
+        return
+    try:
+        yield Checkpoints(Path(config.checkpoint))
+    finally:
+        if config.checkpoint_limit is not None:
+            prune(Path(config.checkpoint), config.checkpoint_limit)
 
 
 def _context(

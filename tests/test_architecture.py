@@ -33,15 +33,15 @@ LAYERS: dict[str, tuple[str, str]] = {
     "__main__": ("__main__", "cli"),
     "cli": (
         "cli cli_*",
-        "itself public driver reproducing planning measuring pipeline report passes config targets scheme numerics "
-        "errors",
+        "itself public driver reproducing planning measuring caching pipeline report passes config targets scheme "
+        "numerics errors",
     ),
     "reproducing": ("reproducing", "driver files config errors"),
     "public": ("__init__", "driver config scheme"),
     "driver": (
         "driver",
         "measuring pipeline pass_manager histograms instruments verify report feeding files segments calibration "
-        "session runtime checkpoints scratch targets graph config scheme records passes.base errors",
+        "session runtime caching checkpoints scratch targets graph config scheme records passes.base errors",
     ),
     "planning": (
         "planning",
@@ -65,6 +65,7 @@ LAYERS: dict[str, tuple[str, str]] = {
     ),
     "instruments": ("instruments", "legality files passes.base graph config records errors"),
     "histograms": ("histograms", "observing collectors session graph records passes.base"),
+    "caching": ("caching", "checkpoints errors"),
     "float_types": ("float_types", "graph kernels.schemas numerics errors"),
     "legality": ("legality", "passes.base graph kernels.schemas errors"),
     "report": ("report report_*", "itself targets config records numerics errors"),

@@ -19,7 +19,19 @@ from qcompiler.errors import ModelError
 from qcompiler.scheme import Scheme
 from qcompiler.scheme_plan import Pattern
 
-SUBCOMMANDS = ("bench", "compare", "compile", "diff", "inspect", "passes", "report", "reproduce", "schemes", "tune")
+SUBCOMMANDS = (
+    "bench",
+    "cache",
+    "compare",
+    "compile",
+    "diff",
+    "inspect",
+    "passes",
+    "report",
+    "reproduce",
+    "schemes",
+    "tune",
+)
 
 
 def run(command, *arguments):
@@ -281,7 +293,7 @@ def test_options_become_the_configuration(monkeypatch, tmp_path):
     }  # fmt: skip
     assert {name: getattr(config, name) for name in given} == given
     # Which do not go with each other, or with algorithms.
-    apart = {"bits_per_weight", "max_size", "target_kl", "pareto", "effort"}
+    apart = {"bits_per_weight", "max_size", "target_kl", "pareto", "effort", "checkpoint_limit"}
     assert {*given, *apart, "plan", "progress"} == set(type(config).__dataclass_fields__)
     run(qcompile, "m.onnx", "--bits-per-weight", 3.5, "--pareto", "curve.svg")
     assert (seen["config"].bits_per_weight, seen["config"].pareto) == (3.5, Path("curve.svg"))
