@@ -1,7 +1,7 @@
 """Double quantization: scales of weights become codes of 8 bits, with one step for each row.
 
 Dettmers et al. 2023, "QLoRA", arXiv:2305.14314, section 3; see `numerics.double_scales`. In groups of 64 a float32
-scale costs half a bit for each weight, in groups of 32 a whole one; three quarters of that are saved. The file holds
+scale costs half a bit for each weight, in groups of 32 a whole one; two thirds of that are saved. The file holds
 the codes, a Cast and a product with the steps, which ONNX Runtime folds when it loads the model, so that it runs as
 ever.
 
@@ -16,16 +16,15 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.errors import SchemeError
 from qcompiler.graph import PASS_KEY, Site, original_weight
-from qcompiler.numerics.affine import Grid
-from qcompiler.numerics.double_scales import double_rounded
+from qcompiler.numerics.affine import Grid, stored_scale
 from qcompiler.numerics.metrics import sqnr_db
 from qcompiler.passes.base import (
     WEIGHTS,
     QuantPass,
     QuantPassResult,
     Stage,
+    check_options,
     explicit_activations,
     planned_sites,
     scheme_text,
@@ -44,8 +43,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        if not self.loss >= 0:
-            raise SchemeError(f"pass double_quantize: loss={self.loss:g} has to be at least 0")
+        check_options("double_quantize", self, least={"loss": 0})
 
 
 class DoubleQuantize(QuantPass):
@@ -66,10 +64,11 @@ class DoubleQuantize(QuantPass):
         text = scheme_text(site)
         if problem := self._problem(site, tensor):
             return SiteRecord(site.name, "skipped", text, f"scales as they were: {problem}")
-        scale = double_rounded(tensor.scale)
-        zero = np.zeros_like(scale) if tensor.zero_point is None else tensor.zero_point
-        grid, spec = Grid(scale, zero), replace(tensor.spec, double=True)
-        exact, before = original_weight(site), sqnr_db(original_weight(site), tensor.dequantized())
+        spec = replace(tensor.spec, double=True)
+        scale = stored_scale(tensor.scale, spec)
+        grid = Grid(scale, np.zeros_like(scale) if tensor.zero_point is None else tensor.zero_point)
+        exact = original_weight(site)
+        before = sqnr_db(exact, tensor.dequantized())
         made = QuantizedTensor(
             tensor.codes(), grid, spec, layout=site.layout, dtype=site.dtype, name=tensor.name, tables=tensor.tables
         )

@@ -33,6 +33,7 @@ from qcompiler.passes.base import (
     QuantPass,
     QuantPassResult,
     Stage,
+    check_options,
     explicit_activations,
     scheme_text,
     site_scheme,
@@ -64,8 +65,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
-        if self.rank < 1:
-            raise SchemeError(f"pass low_rank: rank={self.rank} has to be at least 1")
+        check_options("low_rank", self, least={"rank": 1})
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:

@@ -36,6 +36,7 @@ class _Command(click.Command):
             _fail(f"{place}{error.strerror or error}; check the path, its permissions and the free space", 1, verbose)
         except KeyboardInterrupt as error:
             folder = context.params.get("checkpoint")
+            folder = "the cache" if context.params.get("cache") else folder
             more = f" but checkpoints in {folder}, from which the same command goes on" if folder is not None else ""
             _fail(f"interrupted; nothing was written{more}", 143 if isinstance(error, Terminated) else 130, verbose)
         except (click.ClickException, click.exceptions.Exit, click.Abort):

@@ -20,7 +20,7 @@ from qcompiler.caching import prune
 from qcompiler.calibration import CalibrationData
 from qcompiler.checkpoints import Checkpoints
 from qcompiler.config import CompileConfig
-from qcompiler.errors import ModelError, SchemeError
+from qcompiler.errors import ModelError, OutputError, SchemeError
 from qcompiler.feeding import calibration_data, more_rows
 from qcompiler.files import saver
 from qcompiler.files.loader import load_model, resolve_model_path, source_of
@@ -145,7 +145,10 @@ def _store(config: CompileConfig) -> Iterator[Checkpoints | None]:
         yield Checkpoints(Path(config.checkpoint))
     finally:
         if config.checkpoint_limit is not None:
-            prune(Path(config.checkpoint), config.checkpoint_limit)
+            try:
+                prune(Path(config.checkpoint), config.checkpoint_limit)
+            except OutputError as error:  # of no concern to the model, which may be there already
+                logger.warning("%s", error)
 
 
 def _context(

@@ -33,7 +33,7 @@ def check_options(
         choices: The values that texts can have.
     """
     for key, low in (least or {}).items():
-        if getattr(options, key) < low:
+        if not getattr(options, key) >= low:
             raise SchemeError(f"pass {name}: {key}={getattr(options, key)} has to be at least {low}")
     for key in shares:
         if not 0 <= getattr(options, key) <= 1:

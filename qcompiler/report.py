@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from qcompiler.verify import Verification
 
 __all__ = [
+    "EXACT_DB",
+    "SCHEMA",
     "ActivationRow",
     "CompileReport",
     "Excluded",
@@ -33,7 +35,7 @@ __all__ = [
 SCHEMA = 1
 _DISTRIBUTIONS = ("onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 # JSON has no infinity; an exact result is written as this many dB, more than float64 can resolve.
-_EXACT_DB = 400.0
+EXACT_DB = 400.0
 _SKIPS_LISTED = 3
 # What a site's row shows in fields of its own.
 _FIGURES = ("bits_per_weight", "sqnr_db", "loss", "relative_loss", "seconds")
@@ -351,9 +353,7 @@ def _finite(value: Any) -> Any:
     """The same value without infinities; anything that is not a number is left as it is."""
     if isinstance(value, float):
         # NaN has no place in a report; where it got in, null says that there is no figure.
-        return (
-            None if value != value else max(-_EXACT_DB, min(_EXACT_DB, value)) if abs(value) == float("inf") else value
-        )
+        return None if value != value else max(-EXACT_DB, min(EXACT_DB, value)) if abs(value) == float("inf") else value
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

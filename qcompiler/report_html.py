@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.errors import OutputError
-from qcompiler.report import SCHEMA, SiteRow
+from qcompiler.report import EXACT_DB, SCHEMA, SiteRow
 from qcompiler.report_advice import remedy
 from qcompiler.report_curve import PlanPoint
 from qcompiler.report_meaning import plain_text
+from qcompiler.report_table import megabytes
 
 __all__ = ["read_report", "report_page", "require_html"]
 
 _TEMPLATE = "report.html.jinja"
 _Report = Mapping[str, Any]
+# What every report of this schema says.
+_KEYS = {"sites", "recipe", "bytes", "verification", "bench", "curve", "passes", "skipped", "seconds", "peak_bytes"}
 
 
 def require_html() -> None:
@@ -43,7 +46,7 @@ def read_report(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise OutputError(f"{path}: this is not JSON ({error}); give a MODEL.report.json") from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or not isinstance(found.get("sites"), list):
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA or not found.keys() >= _KEYS:
         raise OutputError(f"{path}: this is not a report of qcompile, or one of another version; give a .report.json")
     return found
 
@@ -64,7 +67,7 @@ def report_page(report: _Report) -> str:
         loader=jinja2.PackageLoader("qcompiler"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.filters.update(figure=_figure, megabytes=_megabytes, percent=_percent, plain=plain_text)
+    environment.filters.update(figure=_figure, megabytes=megabytes, percent=_percent, plain=plain_text)
     return str(environment.get_template(_TEMPLATE).render(_view(report)))
 
 
@@ -74,9 +77,7 @@ def _view(report: _Report) -> dict[str, Any]:
 
     quantized = [site for site in report["sites"] if site["action"] == "quantized"]
     rows = [SiteRow(**site) for site in report["sites"]]
-    histograms = [
-        {"title": each["site"], "svg": histogram_plot(each)} for each in report.get("histograms", ())
-    ]  # fmt: skip
+    histograms = [{"title": each["site"], "svg": histogram_plot(each)} for each in report.get("histograms", ())]
     plots = [
         ("Error by depth", depth_plot(quantized)),
         ("Error by bits", bits_plot(quantized)),
@@ -97,7 +98,7 @@ def _cards(report: _Report, quantized: list[Any]) -> list[tuple[str, str, str]]:
     """Headline figures: what, how much, and a remark."""
     size, found = report["bytes"], report["verification"] or {}
     share = f"{100 * size['after'] / size['before']:.1f} % of the weights" if size["before"] else ""
-    cards = [("Size", f"{_megabytes(size['before'])} → {_megabytes(size['after'])}", share)]
+    cards = [("Size", f"{megabytes(size['before'])} → {megabytes(size['after'])}", share)]
     bits = _mean_bits(quantized)
     if bits is not None:
         cards.append(("Bits a weight", f"{bits:.2f}", f"{len(quantized)} sites, scales included"))
@@ -106,13 +107,15 @@ def _cards(report: _Report, quantized: list[Any]) -> list[tuple[str, str, str]]:
     if found.get("top1") is not None:
         cards.append(("Top-1 agreement", f"{100 * found['top1']:.1f} %", f"on {found['rows']} rows"))
     if found.get("sqnr_db") is not None:
-        cards.append(("SQNR", _decibel(found["sqnr_db"]), "of the worst output"))
+        cards.append(
+            ("SQNR", "exact" if found["sqnr_db"] >= EXACT_DB else f"{found['sqnr_db']:.1f} dB", "of the worst output")
+        )
     if not found:
         cards.append(("Accuracy", "not verified", "--no-verify"))
     for row in report["bench"][:1]:
         times = f"{row['float_ms']:.1f} → {row['compiled_ms']:.1f} ms"
         cards.append(("Time of a run", f"{100 * row['ratio']:.0f} %", f"of the float model's, {times}"))
-    cards.append(("Compilation", f"{report['seconds']:.1f} s", f"peak memory {_megabytes(report['peak_bytes'])}"))
+    cards.append(("Compilation", f"{report['seconds']:.1f} s", f"peak memory {megabytes(report['peak_bytes'])}"))
     return cards
 
 
@@ -121,14 +124,6 @@ def _mean_bits(quantized: list[Any]) -> float | None:
     known = [(s["bits_per_weight"], s["metrics"].get("weights", 1.0)) for s in quantized if s["bits_per_weight"]]
     total = sum(count for _, count in known)
     return sum(bits * count for bits, count in known) / total if total else None
-
-
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
-def _decibel(value: float) -> str:
-    return "exact" if value >= 400 else f"{value:.1f} dB"
 
 
 def _percent(value: float | None) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qcompiler.verify_integers import IntegerAudit
     from qcompiler.verify_outputs import Closeness
 
-__all__ = ["add_row", "decibel", "percent", "plain_table", "print_report", "print_verification", "show"]
+__all__ = ["add_row", "decibel", "megabytes", "percent", "plain_table", "print_report", "print_verification", "show"]
 
 _WORST = 5
 # Passes that took less than this are shown together.
@@ -31,7 +31,7 @@ def print_report(report: "CompileReport", console: Console, *, every_site: bool)
     """Print everything but what was written where."""
     before, after = report.bytes_before, report.bytes_after
     head = Text(report.model_name, "bold")
-    head.append(f"  {_megabytes(before)} -> {_megabytes(after)}", "bold")
+    head.append(f"  {megabytes(before)} -> {megabytes(after)}", "bold")
     head.append(f" ({100 * after / before:.1f} % of the weights' size)" if before else "")
     console.print(head)
     _line(console, scheme_meaning(report.config))
@@ -62,7 +62,7 @@ def print_report(report: "CompileReport", console: Console, *, every_site: bool)
         print_verification(report.verification, console)
     _print_bench(console, report.bench)
     console.print()
-    _line(console, f"{report.seconds:.1f} s ({_times(report)}), peak memory {_megabytes(report.peak_bytes)}")
+    _line(console, f"{report.seconds:.1f} s ({_times(report)}), peak memory {megabytes(report.peak_bytes)}")
 
 
 def _print_schemes(console: Console, rows: Sequence["SiteRow"]) -> None:
@@ -236,7 +236,8 @@ def _line(console: Console, text: str) -> None:
     console.print(Text(text))
 
 
-def _megabytes(count: int) -> str:
+def megabytes(count: float) -> str:
+    """A size."""
     return f"{count / 1e6:.1f} MB"
 
 

@@ -18,11 +18,7 @@ __all__ = ["reproduce"]
 _BLOCK = 1 << 22
 
 
-def reproduce(
-    model: Path,
-    source: Path,
-    **options: Any,
-) -> list[tuple[str, int]]:
+def reproduce(model: Path, source: Path, **options: Any) -> list[tuple[str, int]]:
     """Compile a model again and compare what comes out with what there is.
 
     Args:
@@ -49,8 +45,8 @@ def reproduce(
         _check_data(made, again.model, path)
         result = resolve_model_path(output)
         pairs = list(_pairs(path, made, result, load_model(result)))
-        for number, (there, new) in enumerate(pairs):
-            _compare(there, new, _origin(made, again.model) if number == 0 else "")
+        for there, new in pairs:
+            _compare(there, new, _origin(made, again.model))
         return [(there.name, there.stat().st_size) for there, _ in pairs]
 
 
